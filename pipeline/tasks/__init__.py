@@ -1,0 +1,85 @@
+"""Tasks: one small file each, found by its name. To add a task, add `pipeline/tasks/<name>.py` that defines `TASK`.
+
+A task says where its rows come from (the Hugging Face Hub, or a generator of its own; `data.dir` overrides both),
+how a row becomes an example (untemplated prompt and answer), and how a prediction is scored.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import RecipeError, unknown_name
+
+Row = Mapping[str, Any]
+Scores = dict[str, float | None]
+
+
+class NoOptions(BaseModel):
+    """A task without options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its answer, as plain text: no template, no special token.
+
+    `references` are the acceptable answers for scoring where there are several; empty means `answer` alone.
+    """
+
+    id: str
+    task: str
+    prompt: str
+    answer: str
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the Hugging Face Hub: its path, its configuration, and our split names in its words."""
+
+    path: str
+    config: str | None
+    splits: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one task file defines.
+
+    name: the file's name. version: raised whenever a prompt, an answer or a row changes meaning (it is hashed).
+    to_example: (row, index of the row in its split, options) -> Example.
+    score: (prediction, example) -> metric name -> value in [0, 1], or None where the prediction has no answer
+      that the metric can read (such a prediction counts as wrong and is counted apart as unparsable).
+    metrics: the names `score` returns, the headline metric first.
+    source: a Hub data set, or a function from (split, options) to rows.
+    """
+
+    name: str
+    version: int
+    summary: str
+    source: HubSource | Callable[[str, Any], Iterable[Row]]
+    to_example: Callable[[Row, int, Any], Example]
+    score: Callable[[str, Example], Scores]
+    metrics: tuple[str, ...]
+    options: type[BaseModel] = field(default=NoOptions)
+
+
+def task_names() -> list[str]:
+    """The tasks there are: the modules of this folder that are not helpers (`numbers`)."""
+    helpers = {"numbers"}
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in helpers)
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`. Raises RecipeError naming the nearest one if there is none."""
+    if name not in task_names():
+        raise RecipeError(unknown_name("task", name, task_names()))
+    task = importlib.import_module(f"pipeline.tasks.{name}").TASK
+    if not isinstance(task, Task) or task.name != name:
+        raise RecipeError(f"pipeline/tasks/{name}.py must define TASK = Task(name={name!r}, ...)")
+    return task
