@@ -40,7 +40,9 @@ class Shots:
         if self.policy == "shared" or not self.count:
             return pool[: self.count]
         draw = random.Random(f"{self.seed}/{example.id}")
-        return tuple(islice((s for s in draw.sample(pool, len(pool)) if s.prompt != example.prompt), self.count))
+        return tuple(
+            islice((s for s in draw.sample(pool, len(pool)) if s.prompt != example.prompt), self.count)
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,11 @@ class TrainingSet:
     def content_digest(self) -> str:
         """SHA-256 of what is cached and of the shots' text, in order."""
         digest = hashlib.sha256()
-        pools = [shot for task in sorted(self.shots.pool) for shot in self.shots.pool[task]] if self.shots.count else []
+        pools = (
+            [shot for task in sorted(self.shots.pool) for shot in self.shots.pool[task]]
+            if self.shots.count
+            else []
+        )
         for example in [*self.cached, *pools]:
             digest.update(json.dumps([example.id, example.task, example.prompt, example.answer]).encode())
         return digest.hexdigest()
@@ -85,7 +91,9 @@ def training_set(recipe: Recipe) -> TrainingSet:
         pool, taken = {name: tuple(members) for name, members in by_task.items()}, set()
     rest = [e for e in examples if e.id not in taken]
     if data.held_out >= len(rest):
-        raise DataError(f"data.held_out is {data.held_out}, but only {len(rest)} training rows are left; hold out fewer")
+        raise DataError(
+            f"data.held_out is {data.held_out}, but only {len(rest)} training rows are left; hold out fewer"
+        )
     held_ids = {e.id for e in _sample(rest, data.held_out, data.seed + 1)} if data.held_out else set()
     if held_ids and teacher.shot_policy == "per_example":
         pool = {name: tuple(e for e in members if e.id not in held_ids) for name, members in pool.items()}
@@ -100,7 +108,9 @@ def training_set(recipe: Recipe) -> TrainingSet:
 def eval_examples(recipe: Recipe, split: str) -> tuple[Example, ...]:
     """The examples of a scored split, in the order in which a `curve_limit` cuts them."""
     data = recipe.data
-    per_task = [_sample(_examples(name, split, data), data.tasks[name].eval, data.seed) for name in data.tasks]
+    per_task = [
+        _sample(_examples(name, split, data), data.tasks[name].eval, data.seed) for name in data.tasks
+    ]
     return tuple(_limited(per_task, data.eval_limit, data.seed))
 
 
@@ -110,7 +120,9 @@ def task_options(name: str, data: Data) -> BaseModel:
     given = data.tasks[name].options
     for key in given:
         if key not in task.options.model_fields:
-            raise RecipeError(f"data.tasks.{name}.options: {unknown_name('option', key, task.options.model_fields)}")
+            raise RecipeError(
+                f"data.tasks.{name}.options: {unknown_name('option', key, task.options.model_fields)}"
+            )
     try:
         return task.options.model_validate(given)
     except ValidationError as error:
@@ -154,7 +166,9 @@ def _rows(task: Task, split: str, data: Data, options: BaseModel) -> tuple[str, 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
-        raise DataError(f"{path}: expected a file of JSON lines, found {found}; check data.dir (<dir>/<task>/<split>.jsonl)")
+        raise DataError(
+            f"{path}: expected a file of JSON lines, found {found}; check data.dir (<dir>/<task>/<split>.jsonl)"
+        )
     rows = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -172,7 +186,9 @@ def _hub(task: Task, source: HubSource, split: str) -> Iterable[Mapping[str, Any
     if split not in source.splits:
         raise DataError(f"task {task.name} has no split '{split}'; it has {', '.join(source.splits)}")
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(source.path, source.config, split=source.splits[split])
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+            source.path, source.config, split=source.splits[split]
+        )
     except (OSError, ValueError) as error:
         raise DataError(
             f"task {task.name}: the data set {source.path} could not be loaded from the Hub: {error}. "

@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pipeline.errors import RecipeError, unknown_name
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
-CONDITIONS = ("zero_shot", "few_shot")  # rows of the results that are the untouched student; no arm may take these names
+CONDITIONS = (
+    "zero_shot",
+    "few_shot",
+)  # rows of the results that are the untouched student; no arm may take these names
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -32,7 +35,9 @@ class TaskData(Section):
     """How much of one task is used, and its options."""
 
     train: int | None = Field(None, ge=1, description="training examples, sampled with data.seed; null: all")
-    eval: int | None = Field(None, ge=1, description="examples of each scored split, the first ones; null: all")
+    eval: int | None = Field(
+        None, ge=1, description="examples of each scored split, the first ones; null: all"
+    )
     options: dict[str, Any] = Field({}, description="options of the task file (hashed)")
 
 
@@ -41,9 +46,15 @@ class Data(Section):
 
     tasks: dict[Name, TaskData] = Field(description="task name -> how much of it")
     dir: str | None = Field(None, description="a folder of <task>/{train,test}.jsonl instead of the Hub")
-    train_limit: int | None = Field(None, ge=1, description="at most so many training examples over all tasks")
-    eval_limit: int | None = Field(None, ge=1, description="at most so many examples of a scored split over all tasks")
-    held_out: int = Field(0, ge=0, description="training rows kept out of the cache, to choose a checkpoint on")
+    train_limit: int | None = Field(
+        None, ge=1, description="at most so many training examples over all tasks"
+    )
+    eval_limit: int | None = Field(
+        None, ge=1, description="at most so many examples of a scored split over all tasks"
+    )
+    held_out: int = Field(
+        0, ge=0, description="training rows kept out of the cache, to choose a checkpoint on"
+    )
     seed: int = Field(0, ge=0, description="seeds the samples and the held-out rows")
 
     @model_validator(mode="after")
@@ -57,18 +68,26 @@ class Teacher(Section):
     """What is cached: all of it is part of the cache's identity."""
 
     model: str = Field(description="a Hub name, a folder, or embedded:<name>")
-    revision: str | None = Field(None, description="the Hub commit; null: the one the local Hub cache or the Hub resolves to")
+    revision: str | None = Field(
+        None, description="the Hub commit; null: the one the local Hub cache or the Hub resolves to"
+    )
     kind: Literal["causal"] = Field("causal", description="the architecture family")
     engine: Literal["hf"] = Field("hf", description="what runs it: transformers")
-    quantization: Literal["none", "nf4"] = Field("none", description="nf4: 4-bit with double quantisation, by bitsandbytes")
-    dtype: Dtype = Field("bfloat16", description="of the weights and the body's arithmetic; the head runs in float32")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4: 4-bit with double quantisation, by bitsandbytes"
+    )
+    dtype: Dtype = Field(
+        "bfloat16", description="of the weights and the body's arithmetic; the head runs in float32"
+    )
     shots: int = Field(8, ge=0, description="worked examples before the prompt")
     shot_seed: int = Field(0, ge=0, description="seeds their choice from the training rows")
     shot_policy: Literal["shared", "per_example"] = Field(
-        "shared", description="shared: the same shots for all, taken out of the training rows; per_example: others for each"
+        "shared",
+        description="shared: the same shots for all, taken out of the training rows; per_example: others for each",
     )
     thinking: bool | None = Field(
-        None, description="the chat template's enable_thinking switch; null: not passed. Refused where no template reads it"
+        None,
+        description="the chat template's enable_thinking switch; null: not passed. Refused where no template reads it",
     )
 
 
@@ -78,11 +97,15 @@ class Cache(Section):
     dir: str | None = Field(None, description="null: caches/<recipe name>-<fingerprint>")
     selector: Literal["topk"] = Field("topk", description="which logits of a position are kept")
     top_k: int = Field(256, ge=1, description="how many")
-    temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], description="those with exact normalisers")
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
+        [1.0], description="those with exact normalisers"
+    )
     step: float = Field(0.015625, gt=0, description="quantisation step of a logit, a power of two")
     codec: Literal["fine"] = Field("fine", description="fine: every rank to step/2")
     store_ids: bool = Field(True, description="false: only for rank-ordered losses")
-    shard_examples: int = Field(256, ge=1, description="examples in a shard: the unit of work and of loss when stopped")
+    shard_examples: int = Field(
+        256, ge=1, description="examples in a shard: the unit of work and of loss when stopped"
+    )
 
     @model_validator(mode="after")
     def _sane(self) -> "Cache":
@@ -120,7 +143,9 @@ class Train(Section):
     micro_batch_size: int = Field(8, ge=1, description="examples in one forward pass of one process")
     lr: float = Field(2.0e-4, gt=0, description="peak learning rate")
     warmup_steps: int = Field(50, ge=0, description="linear warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up, to zero at the last step")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="after the warm-up, to zero at the last step"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     save_every: int = Field(200, ge=1, description="steps between checkpoints; the last step is always one")
@@ -156,10 +181,13 @@ class Eval(Section):
     max_new_tokens: int = Field(400, ge=1)
     batch_size: int = Field(64, ge=1, description="prompts generated together (hf)")
     curve_limit: int | None = Field(
-        None, ge=1, description="score all but the headline checkpoints on the first so many examples; null: on all"
+        None,
+        ge=1,
+        description="score all but the headline checkpoints on the first so many examples; null: on all",
     )
     select: Literal["last", "held_out"] = Field(
-        "last", description="the checkpoint in an arm's headline row: the last, or the best on data.held_out rows"
+        "last",
+        description="the checkpoint in an arm's headline row: the last, or the best on data.held_out rows",
     )
 
 
@@ -170,8 +198,12 @@ class Runtime(Section):
         {}, description="another interpreter for a stage (vLLM in an environment of its own)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto")
-    batch_tokens: int = Field(16384, ge=1, description="stage 1: padded tokens in a batch, the shared context not counted")
-    processes: int = Field(1, ge=1, description="stage 2: processes (one a GPU), started through torchrun when above 1")
+    batch_tokens: int = Field(
+        16384, ge=1, description="stage 1: padded tokens in a batch, the shared context not counted"
+    )
+    processes: int = Field(
+        1, ge=1, description="stage 2: processes (one a GPU), started through torchrun when above 1"
+    )
 
 
 class Recipe(Section):
@@ -222,7 +254,8 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
         path = RECIPES_DIR / f"{name_or_file}.yaml"
         if name_or_file not in recipe_names():
             raise RecipeError(
-                unknown_name("recipe", name_or_file, recipe_names()) + " A file of your own must end in .yaml."
+                unknown_name("recipe", name_or_file, recipe_names())
+                + " A file of your own must end in .yaml."
             )
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -236,7 +269,9 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         problems = "\n".join(f"  {_describe(problem)}" for problem in error.errors())
-        raise RecipeError(f"recipe {path}:\n{problems}\nEvery key with its meaning: python -m pipeline show --keys") from None
+        raise RecipeError(
+            f"recipe {path}:\n{problems}\nEvery key with its meaning: python -m pipeline show --keys"
+        ) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -305,7 +340,9 @@ def _fields_at(model: type[BaseModel], loc: list[Any]) -> list[str]:
     annotation = model.model_fields[loc[0]].annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _fields_at(annotation, loc[1:])
-    values = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+    values = [
+        a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)
+    ]
     return _fields_at(values[0], loc[2:]) if values else []
 
 
@@ -316,13 +353,21 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     def walk(model: type[BaseModel], prefix: str) -> None:
         for name, info in model.model_fields.items():
             key, annotation = prefix + name, info.annotation
-            values = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
+            values = [
+                a
+                for a in getattr(annotation, "__args__", ())
+                if isinstance(a, type) and issubclass(a, Section)
+            ]
             if isinstance(annotation, type) and issubclass(annotation, Section):
                 walk(annotation, key + ".")
             elif values:
                 walk(values[0], f"{key}.<name>.")
             else:
-                kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+                kind = (
+                    annotation.__name__
+                    if isinstance(annotation, type)
+                    else str(annotation).replace("typing.", "")
+                )
                 kind = re.sub(r"Annotated\[(\w+), [^\[\]]*(?:\([^()]*\))?[^\[\]]*\]", r"\1", kind)
                 default = "required" if info.is_required() else repr(info.default)
                 rows.append((key, kind, default, info.description or ""))

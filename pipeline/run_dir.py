@@ -1,11 +1,11 @@
 """Every path of a run, named once. Stages ask here; nobody joins strings elsewhere.
 
-    runs/<name>/
-      recipe.json                                       the recipe as last run
-      students/<student>/<arm>/checkpoints/step-000200/ adapter, optimizer, state
-      students/<student>/<arm>/metrics.jsonl            a line a step;  tensorboard/ beside it
-      predictions/<student>/<condition>/                what was generated
-      report/                                           results.json, table.md, pictures
+runs/<name>/
+  recipe.json                                       the recipe as last run
+  students/<student>/<arm>/checkpoints/step-000200/ adapter, optimizer, state
+  students/<student>/<arm>/metrics.jsonl            a line a step;  tensorboard/ beside it
+  predictions/<student>/<condition>/                what was generated
+  report/                                           results.json, table.md, pictures
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,6 @@ from pathlib import Path
 
 from pipeline.errors import RunError
 from pipeline.recipe import Recipe
-
-EMBEDDED_DIR = Path(__file__).parent / "pocket" / "weights"
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,9 @@ class RunDir:
         root = Path(recipe.run_dir or f"runs/{recipe.name}")
         for folder in (root, *root.parents):
             if folder.exists() and not folder.is_dir():
-                raise RunError(f"run_dir {root}: {folder} is a file, expected a folder; move it or set run_dir=<folder>")
+                raise RunError(
+                    f"run_dir {root}: {folder} is a file, expected a folder; move it or set run_dir=<folder>"
+                )
         return cls(root)
 
     @property

@@ -1,0 +1,228 @@
+"""Models and tokenizers: found, loaded, and taken apart into body and head. The stages' only way to a model.
+
+Weights are read from safetensors only, and no code comes with them (`trust_remote_code` stays off).
+"""
+
+import hashlib
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ModelError
+from pipeline.recipe import Recipe
+
+EMBEDDED_DIR = Path(__file__).parent / "pocket" / "weights"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies: a folder, or a Hub name at one commit."""
+
+    location: str
+    revision: str | None
+
+    @property
+    def is_folder(self) -> bool:
+        return self.revision is None
+
+    def identity(self) -> str:
+        """What a fingerprint hashes: the Hub name and commit, or the content of a folder's weights and config."""
+        if not self.is_folder:
+            return f"{self.location}@{self.revision}"
+        digest = hashlib.sha256()
+        for path in sorted([*Path(self.location).glob("*.safetensors"), Path(self.location) / "config.json"]):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return f"sha256:{digest.hexdigest()}"
+
+
+def locate(model: str, revision: str | None = None) -> ModelSource:
+    """Find a model by recipe name: `embedded:<name>`, a folder, or a Hub name (pinned to a commit).
+
+    Raises ModelError for a folder without config.json, a file, or a Hub name that cannot be resolved.
+    """
+    if model.startswith("embedded:"):
+        folder = EMBEDDED_DIR / model.removeprefix("embedded:")
+        if not folder.is_dir():
+            known = ", ".join(f"embedded:{p.name}" for p in sorted(EMBEDDED_DIR.glob("*/")))
+            raise ModelError(f"model {model}: there is no such embedded model; there are: {known}")
+        return ModelSource(str(folder), None)
+    path = Path(model).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            found = "a folder without config.json" if path.is_dir() else "a file"
+            raise ModelError(f"model {model}: expected a folder written by save_pretrained, found {found}")
+        return ModelSource(str(path), None)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(f"model {model}: no such folder, and not a Hub name (owner/name)")
+    return ModelSource(model, _hub_commit(model, revision))
+
+
+def _hub_commit(model: str, revision: str | None) -> str:
+    """The commit a Hub name stands for, from the Hub or, without a network, from its local cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        path = hf_hub_download(model, "config.json", revision=revision)
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
+        raise ModelError(
+            f"model {model}: neither the Hub nor its local cache answers: {str(error).splitlines()[0]}. "
+            "Without a network, give a folder written by save_pretrained instead"
+        ) from None
+    return Path(path).parent.name
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer that comes with a model. Raises ModelError where there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model {source.location}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from None
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what turns text into ids: the whole fast-tokenizer description."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def vocabulary(tokenizer: Any, size: int) -> list[str | None]:
+    """id -> the text of that token alone, for people; None for ids that no token has."""
+    texts: list[str | None] = [None] * max(size, len(tokenizer))
+    for ids in tokenizer.get_vocab().values():
+        texts[ids] = tokenizer.decode([ids], clean_up_tokenization_spaces=False)
+    return texts
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The device the recipe asks for; `auto` takes a GPU where there is one."""
+    wanted = recipe.runtime.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("runtime.device is cuda, but torch sees no GPU here; set runtime.device=cpu or auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_causal_lm(source: ModelSource, dtype: str, quantization: str, device: torch.device) -> Any:
+    """A decoder in evaluation mode, weights frozen. quantization nf4: 4-bit, double quantisation, compute in `dtype`.
+
+    Raises ModelError where the folder is no causal model or has no safetensors.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if quantization == "nf4":
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+            logging.ERROR
+        )  # wants a package that calls the Hub
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+            bnb_4bit_use_double_quant=True,
+        )
+        options["device_map"] = {"": str(device)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            revision=source.revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model {source.location}: it cannot be loaded as a causal model: {_first_line(error)}"
+        ) from None
+    if quantization == "none":
+        model = model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def window_of(model: Any) -> int | None:
+    """The most tokens the model can read, None where its config names no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def body_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
+    """A causal model as its body (ids -> hidden states) and its output head (hidden states -> logits).
+
+    Works through peft too: the body is the one that holds the adapter. Hidden states are gathered at the rows that
+    are needed before the head runs, which is most of what makes a large vocabulary affordable.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return causal.base_model, causal.get_output_embeddings()
+
+
+def check_head(model: Any) -> None:
+    """Raise ModelError unless head(body(x)) is what the model itself computes (some families scale in between)."""
+    body, head = body_and_head(model)
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        parts = head(body(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
+        worst = (whole.float() - parts.float()).abs().max().item()
+        raise ModelError(
+            f"model {model.config.name_or_path} ({model.config.model_type}): its logits are not its head's output "
+            f"(they differ by up to {worst:.3g}); this family rescales or caps logits and cannot be taken apart"
+        )
+
+
+def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
+    """The output head in float32, hidden_NH of any dtype -> logits_NV float32.
+
+    bfloat16 logits near 20 are only good to 0.06; the answer rows are few, so their head is exact instead.
+    """
+    _, head = body_and_head(model)
+    weight_VH = head.weight.detach().float()
+    bias_V = head.bias.detach().float() if getattr(head, "bias", None) is not None else None
+
+    def logits(hidden_NH: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_NH.float(), weight_VH, bias_V)
+
+    return logits
+
+
+def provenance() -> dict[str, str]:
+    """The software and the machine, for records; never hashed."""
+    import transformers
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.machine()
+    return {
+        "host": platform.node(),
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
