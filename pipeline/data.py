@@ -40,9 +40,7 @@ class Shots:
         if self.policy == "shared" or not self.count:
             return pool[: self.count]
         draw = random.Random(f"{self.seed}/{example.id}")
-        return tuple(
-            islice((s for s in draw.sample(pool, len(pool)) if s.prompt != example.prompt), self.count)
-        )
+        return tuple(islice((s for s in draw.sample(pool, len(pool)) if s.prompt != example.prompt), self.count))
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,7 @@ class TrainingSet:
     def content_digest(self) -> str:
         """SHA-256 of what is cached and of the shots' text, in order."""
         digest = hashlib.sha256()
-        pools = (
-            [shot for task in sorted(self.shots.pool) for shot in self.shots.pool[task]]
-            if self.shots.count
-            else []
-        )
+        pools = [shot for task in sorted(self.shots.pool) for shot in self.shots.pool[task]] if self.shots.count else []
         for example in [*self.cached, *pools]:
             digest.update(json.dumps([example.id, example.task, example.prompt, example.answer]).encode())
         return digest.hexdigest()
@@ -108,9 +102,7 @@ def training_set(recipe: Recipe) -> TrainingSet:
 def eval_examples(recipe: Recipe, split: str) -> tuple[Example, ...]:
     """The examples of a scored split, in the order in which a `curve_limit` cuts them."""
     data = recipe.data
-    per_task = [
-        _sample(_examples(name, split, data), data.tasks[name].eval, data.seed) for name in data.tasks
-    ]
+    per_task = [_sample(_examples(name, split, data), data.tasks[name].eval, data.seed) for name in data.tasks]
     return tuple(_limited(per_task, data.eval_limit, data.seed))
 
 
@@ -120,9 +112,7 @@ def task_options(name: str, data: Data) -> BaseModel:
     given = data.tasks[name].options
     for key in given:
         if key not in task.options.model_fields:
-            raise RecipeError(
-                f"data.tasks.{name}.options: {unknown_name('option', key, task.options.model_fields)}"
-            )
+            raise RecipeError(f"data.tasks.{name}.options: {unknown_name('option', key, task.options.model_fields)}")
     try:
         return task.options.model_validate(given)
     except ValidationError as error:

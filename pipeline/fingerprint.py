@@ -21,7 +21,7 @@ from pipeline.tasks import get_task
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe with what it stands for on this machine, computed when first asked for. Never loads a model's weights."""
+    """A recipe with what it stands for on this machine, computed when asked for. Loads no model's weights."""
 
     recipe: Recipe
 

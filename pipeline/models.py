@@ -97,13 +97,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {source.location}: its tokenizer cannot be loaded: {_first_line(error)}"
-        ) from None
+        raise ModelError(f"model {source.location}: its tokenizer cannot be loaded: {_first_line(error)}") from None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -136,9 +132,7 @@ def load_causal_lm(source: ModelSource, dtype: str, quantization: str, device: t
 
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if quantization == "nf4":
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-            logging.ERROR
-        )  # wants a package that calls the Hub
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants a package that calls the Hub
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

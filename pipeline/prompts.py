@@ -60,19 +60,13 @@ class PromptBuilder:
             if require_switch:
                 raise ModelError(
                     f"tokenizer {tokenizer.name_or_path}: the recipe asks for thinking={str(thinking).lower()}, but "
-                    + (
-                        "its chat template ignores enable_thinking"
-                        if self.chat
-                        else "it has no chat template"
-                    )
+                    + ("its chat template ignores enable_thinking" if self.chat else "it has no chat template")
                     + "; set teacher.thinking=null, or use the tokenizer that has the switch"
                 )
             self.thinking = None
         self.end_id = self._end_of_turn() if self.chat else tokenizer.eos_token_id
         if self.end_id is None:
-            raise ModelError(
-                f"tokenizer {tokenizer.name_or_path}: it has no end-of-sequence token (eos_token)"
-            )
+            raise ModelError(f"tokenizer {tokenizer.name_or_path}: it has no end-of-sequence token (eos_token)")
         self._prefix_ids = self._added_in_front()
 
     def describe(self) -> dict[str, Any]:
@@ -105,13 +99,11 @@ class PromptBuilder:
         ids = list(ids)
         if self.end_id in ids:
             ids = ids[: ids.index(self.end_id)]
-        decoded: str = self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        decoded: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decoded.strip()
 
     def _answer(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Answer ids and offsets. In the plain layout the separating space is the answer's; offsets are clipped to the text."""
+        """Answer ids and offsets, these clipped to the text: in the plain layout the separating space is the answer's."""
         space = 0 if self.chat else 1
         enc = self.tokenizer(" " * space + answer, add_special_tokens=False, return_offsets_mapping=True)
         offsets = [(max(start - space, 0), max(end - space, 0)) for start, end in enc["offset_mapping"]]

@@ -35,9 +35,7 @@ class TaskData(Section):
     """How much of one task is used, and its options."""
 
     train: int | None = Field(None, ge=1, description="training examples, sampled with data.seed; null: all")
-    eval: int | None = Field(
-        None, ge=1, description="examples of each scored split, the first ones; null: all"
-    )
+    eval: int | None = Field(None, ge=1, description="examples of each scored split, the first ones; null: all")
     options: dict[str, Any] = Field({}, description="options of the task file (hashed)")
 
 
@@ -46,15 +44,9 @@ class Data(Section):
 
     tasks: dict[Name, TaskData] = Field(description="task name -> how much of it")
     dir: str | None = Field(None, description="a folder of <task>/{train,test}.jsonl instead of the Hub")
-    train_limit: int | None = Field(
-        None, ge=1, description="at most so many training examples over all tasks"
-    )
-    eval_limit: int | None = Field(
-        None, ge=1, description="at most so many examples of a scored split over all tasks"
-    )
-    held_out: int = Field(
-        0, ge=0, description="training rows kept out of the cache, to choose a checkpoint on"
-    )
+    train_limit: int | None = Field(None, ge=1, description="at most so many training examples over all tasks")
+    eval_limit: int | None = Field(None, ge=1, description="at most so many examples of a scored split over all tasks")
+    held_out: int = Field(0, ge=0, description="training rows kept out of the cache, to choose a checkpoint on")
     seed: int = Field(0, ge=0, description="seeds the samples and the held-out rows")
 
     @model_validator(mode="after")
@@ -76,9 +68,7 @@ class Teacher(Section):
     quantization: Literal["none", "nf4"] = Field(
         "none", description="nf4: 4-bit with double quantisation, by bitsandbytes"
     )
-    dtype: Dtype = Field(
-        "bfloat16", description="of the weights and the body's arithmetic; the head runs in float32"
-    )
+    dtype: Dtype = Field("bfloat16", description="of the weights and the body's arithmetic; the head runs in float32")
     shots: int = Field(8, ge=0, description="worked examples before the prompt")
     shot_seed: int = Field(0, ge=0, description="seeds their choice from the training rows")
     shot_policy: Literal["shared", "per_example"] = Field(
@@ -97,15 +87,11 @@ class Cache(Section):
     dir: str | None = Field(None, description="null: caches/<recipe name>-<fingerprint>")
     selector: Literal["topk"] = Field("topk", description="which logits of a position are kept")
     top_k: int = Field(256, ge=1, description="how many")
-    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
-        [1.0], description="those with exact normalisers"
-    )
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], description="those with exact normalisers")
     step: float = Field(0.015625, gt=0, description="quantisation step of a logit, a power of two")
     codec: Literal["fine"] = Field("fine", description="fine: every rank to step/2")
     store_ids: bool = Field(True, description="false: only for rank-ordered losses")
-    shard_examples: int = Field(
-        256, ge=1, description="examples in a shard: the unit of work and of loss when stopped"
-    )
+    shard_examples: int = Field(256, ge=1, description="examples in a shard: the unit of work and of loss when stopped")
 
     @model_validator(mode="after")
     def _sane(self) -> "Cache":
@@ -201,9 +187,7 @@ class Runtime(Section):
     batch_tokens: int = Field(
         16384, ge=1, description="stage 1: padded tokens in a batch, the shared context not counted"
     )
-    processes: int = Field(
-        1, ge=1, description="stage 2: processes (one a GPU), started through torchrun when above 1"
-    )
+    processes: int = Field(1, ge=1, description="stage 2: processes (one a GPU), started through torchrun when above 1")
 
 
 class Recipe(Section):
@@ -254,8 +238,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
         path = RECIPES_DIR / f"{name_or_file}.yaml"
         if name_or_file not in recipe_names():
             raise RecipeError(
-                unknown_name("recipe", name_or_file, recipe_names())
-                + " A file of your own must end in .yaml."
+                unknown_name("recipe", name_or_file, recipe_names()) + " A file of your own must end in .yaml."
             )
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -340,9 +323,7 @@ def _fields_at(model: type[BaseModel], loc: list[Any]) -> list[str]:
     annotation = model.model_fields[loc[0]].annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _fields_at(annotation, loc[1:])
-    values = [
-        a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)
-    ]
+    values = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
     return _fields_at(values[0], loc[2:]) if values else []
 
 
@@ -353,21 +334,13 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     def walk(model: type[BaseModel], prefix: str) -> None:
         for name, info in model.model_fields.items():
             key, annotation = prefix + name, info.annotation
-            values = [
-                a
-                for a in getattr(annotation, "__args__", ())
-                if isinstance(a, type) and issubclass(a, Section)
-            ]
+            values = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
             if isinstance(annotation, type) and issubclass(annotation, Section):
                 walk(annotation, key + ".")
             elif values:
                 walk(values[0], f"{key}.<name>.")
             else:
-                kind = (
-                    annotation.__name__
-                    if isinstance(annotation, type)
-                    else str(annotation).replace("typing.", "")
-                )
+                kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
                 kind = re.sub(r"Annotated\[(\w+), [^\[\]]*(?:\([^()]*\))?[^\[\]]*\]", r"\1", kind)
                 default = "required" if info.is_required() else repr(info.default)
                 rows.append((key, kind, default, info.description or ""))
