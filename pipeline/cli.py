@@ -1,18 +1,17 @@
-"""What every command line shares: `--recipe`, `--set`, errors without a traceback, and progress with an ETA."""
+"""What every command line shares: `--recipe`, `--set`, and errors without a traceback. Imports nothing heavy."""
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from cache_schema.errors import CacheError
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
 
 EXIT_USER_ERROR = 2
-_LINE_EVERY_S = 10.0
 
 
 def recipe_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -37,8 +36,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> "Recipe":
     """The recipe a parsed command line asks for."""
+    from pipeline.recipe import load_recipe
+
     return load_recipe(args.recipe, args.overrides)
 
 
@@ -57,45 +58,3 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
         return 130
-
-
-class Progress(tqdm):
-    """tqdm with a note: on a terminal one line is redrawn, elsewhere a line is written every 10 s.
-
-    total: units of work in all; done: units there already at the start (they do not count into the rate).
-    """
-
-    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
-        live = sys.stdout.isatty()
-        super().__init__(
-            desc=label,
-            total=total,
-            initial=done,
-            unit=f" {unit}",
-            file=sys.stdout if live else _Lines(),
-            mininterval=0.1 if live else _LINE_EVERY_S,
-            dynamic_ncols=live,
-            ncols=None if live else 0,
-            bar_format="{desc}: {n_fmt}/{total_fmt}{unit} ({percentage:.0f} %) {rate_noinv_fmt}, {elapsed}<{remaining}{postfix}",
-        )
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more units are done; `note` is shown behind the ETA."""
-        if note:
-            self.set_postfix_str(note, refresh=False)
-        self.update(count)
-
-
-class _Lines(io.TextIOBase):
-    """Standard output for a progress bar that is not on a terminal: every redraw is a line of its own."""
-
-    def write(self, text: str) -> int:
-        line = text.strip("\r\n ")
-        if line:
-            print(line, flush=True)
-        return len(text)
-
-
-def progress(label: str, total: int, unit: str, done: int = 0) -> Progress:
-    """A context manager: `with progress("stage 1", 30, "shards") as bar: bar.advance(1, note="...")`."""
-    return Progress(label, total, unit, done)

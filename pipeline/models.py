@@ -5,6 +5,7 @@ Weights are read from safetensors only, and no code comes with them (`trust_remo
 
 import hashlib
 import logging
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,11 +117,13 @@ def vocabulary(tokenizer: Any, size: int) -> list[str | None]:
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """The device the recipe asks for; `auto` takes a GPU where there is one."""
+    """The device the recipe asks for; `auto` takes a GPU where there is one, that of LOCAL_RANK under torchrun."""
     wanted = recipe.runtime.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError("runtime.device is cuda, but torch sees no GPU here; set runtime.device=cpu or auto")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def load_causal_lm(source: ModelSource, dtype: str, quantization: str, device: torch.device) -> Any:

@@ -103,7 +103,7 @@ class PromptBuilder:
         return decoded.strip()
 
     def _answer(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Answer ids and offsets, these clipped to the text: in the plain layout the separating space is the answer's."""
+        """Answer ids and offsets; the plain layout's separating space is the answer's, offsets are clipped."""
         space = 0 if self.chat else 1
         enc = self.tokenizer(" " * space + answer, add_special_tokens=False, return_offsets_mapping=True)
         offsets = [(max(start - space, 0), max(end - space, 0)) for start, end in enc["offset_mapping"]]

@@ -1,0 +1,135 @@
+"""`python -m stage1_teacher --recipe R`: fill the cache, or go on filling it.
+
+Any number of processes may run at once, by hand, by torchrun or on several machines that share the folder: each claims
+shards, none waits for another, and the one that commits the last shard seals the cache.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cache_schema.errors import IncompleteCache, NotACache
+from cache_schema.reader import CacheReader
+from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, and say at once if there is nothing to do: only then is a model loaded."""
+    parser = recipe_parser("stage1_teacher", "Run the teacher once and cache its logits.")
+    args = parser.parse_args(argv)
+    recipe = recipe_of(args)
+
+    from pipeline.fingerprint import Experiment
+
+    experiment = Experiment(recipe)
+    try:
+        reader = CacheReader.open(experiment.cache_dir, expect=experiment.identity)
+    except (NotACache, IncompleteCache):
+        pass
+    else:
+        print(f"cache {experiment.cache_dir}: complete, {_summary(reader)}; the teacher is not loaded")
+        return 0
+    return fill(experiment, ["stage1_teacher", *recipe_arguments(args)])
+
+
+def fill(experiment: Any, command: Sequence[str]) -> int:
+    """Capture every shard that is missing, then seal."""
+    from cache_schema.manifest import Manifest, vocabulary_sha256
+    from cache_schema.writer import CacheWriter
+    from pipeline.errors import RecipeError
+    from pipeline.models import provenance, vocabulary
+    from pipeline.progress import progress
+    from stage1_teacher.capture import Capture, run_shards
+    from stage1_teacher.teacher import load_teacher, vocabulary_size
+
+    recipe, examples = experiment.recipe, experiment.training_set.cached
+    vocab_size = vocabulary_size(recipe)
+    if recipe.cache.top_k > vocab_size:
+        raise RecipeError(
+            f"cache.top_k is {recipe.cache.top_k}, but the teacher's vocabulary has {vocab_size} ids; "
+            f"--set cache.top_k={min(256, vocab_size)}"
+        )
+    texts = vocabulary(experiment.teacher_tokenizer, vocab_size)
+    ledger = {
+        "training_rows": experiment.training_set.rows,
+        "shots_taken_out": experiment.training_set.rows - len(examples) - len(experiment.training_set.held_out),
+        "held_out": len(experiment.training_set.held_out),
+    }
+    manifest = Manifest.create(
+        identity=experiment.identity,
+        provenance={
+            "recipe": recipe.name,
+            "command": list(command),
+            "teacher": recipe.teacher.model,
+            "data": recipe.data.dir or "hub or embedded",
+            "rows": ledger,
+            **provenance(),
+        },
+        top_k=recipe.cache.top_k,
+        vocab_size=vocab_size,
+        temperatures=recipe.cache.temperatures,
+        step=recipe.cache.step,
+        store_ids=recipe.cache.store_ids,
+        examples=len(examples),
+        shard_examples=recipe.cache.shard_examples,
+        vocabulary_sha256=vocabulary_sha256(texts),
+    )
+    writer = CacheWriter.open(experiment.cache_dir, manifest, texts)
+    missing = writer.missing()
+    print(
+        f"cache {experiment.cache_dir}: {manifest.shards - len(missing)} of {manifest.shards} shards are there; "
+        f"{len(examples)} examples of {ledger['training_rows']} training rows "
+        f"({ledger['shots_taken_out']} are the worked examples, {ledger['held_out']} held out)",
+        flush=True,
+    )
+    if missing:
+        teacher = load_teacher(recipe)
+        capture = Capture(
+            teacher,
+            experiment.teacher_prompts,
+            experiment.training_set.shots,
+            recipe.cache.top_k,
+            recipe.cache.temperatures,
+            recipe.runtime.batch_tokens,
+        )
+        todo = sum(len(examples[s * manifest.shard_examples :][: manifest.shard_examples]) for s in missing)
+        with progress("stage 1", len(examples), "examples", done=len(examples) - todo) as bar:
+            run_shards(
+                capture,
+                examples,
+                writer,
+                _claimed(writer, missing),
+                {**provenance(), "batch_tokens": recipe.runtime.batch_tokens},
+                bar.advance,
+            )
+    left = writer.missing()
+    if left:
+        print(
+            f"{len(left)} shards are claimed by other processes; the one that commits the last of them seals the cache"
+        )
+        return 0
+    writer.seal()
+    print(f"cache {experiment.cache_dir}: sealed, {_summary(CacheReader.open(experiment.cache_dir))}")
+    return 0
+
+
+def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:
+    """The missing shards this process could claim. RANK and WORLD_SIZE only spread where the processes begin."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    start = rank * len(missing) // max(world, 1)
+    for shard in [*missing[start:], *missing[:start]]:
+        if writer.claim(shard):
+            yield shard
+
+
+def _summary(reader: CacheReader) -> str:
+    totals = reader.totals()
+    return (
+        f"{totals.examples}; {totals.positions}; "
+        f"{totals.bytes / 1e6:,.1f} MB, {totals.bytes_per_position:.1f} bytes per position"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

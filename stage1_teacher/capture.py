@@ -1,0 +1,225 @@
+"""The capture loop: examples in, cache rows out, shard by shard.
+
+A shard is the unit of work, independent and idempotent: its batches are made inside it, so doing it again gives the
+same bytes on the same hardware, thread count and batch plan. Rows are encoded and written by a thread of their own
+while the teacher computes the next shard; that thread's failure stops the loop.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schema.schema import CacheRow, QuarantinedExample, Status
+from cache_schema.writer import CacheWriter
+from pipeline.data import Shots
+from pipeline.errors import UserError
+from pipeline.prompts import Encoded, PromptBuilder
+from pipeline.tasks import Example
+from stage1_teacher.teacher import Teacher, TeacherInput
+from stage1_teacher.topk import TopK, select_top_k
+
+
+class OutOfMemory(UserError):
+    """One example alone does not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What is needed to turn one shard's examples into rows. batch_tokens: own tokens of a batch, padding included."""
+
+    teacher: Teacher
+    prompts: PromptBuilder
+    shots: Shots
+    top_k: int
+    temperatures: Sequence[float]
+    batch_tokens: int
+
+    def shard(
+        self, examples: Sequence[Example], report: Callable[[int], None] = lambda done: None
+    ) -> tuple[list[CacheRow], list[QuarantinedExample]]:
+        """Rows of the usable examples, in their order, and the others with their reasons.
+
+        `report` is called with the number of examples finished.
+        """
+        quarantined: list[QuarantinedExample] = []
+        jobs: list[_Job] = []
+        for example in examples:
+            encoded = self.prompts.encode(example.prompt, example.answer, self.shots.of(example))
+            reason, readable = self._usable(example, encoded)
+            if reason:
+                quarantined.append(QuarantinedExample(example.id, example.task, reason, len(encoded.answer_ids)))
+                continue
+            jobs.append(_Job(example, encoded, TeacherInput(encoded.input_ids[:readable], encoded.answer_start - 1)))
+        report(len(quarantined))
+        rows: dict[str, CacheRow] = {}
+        for context, group in self._by_context(jobs):
+            for batch in token_budget_batches(group, len(context), self.batch_tokens):
+                for job, kept in zip(batch, self._run(batch, context), strict=True):
+                    rows[job.example.id] = self._row(job, kept)
+                report(len(batch))
+        return [rows[example.id] for example in examples if example.id in rows], quarantined
+
+    def _usable(self, example: Example, encoded: Encoded) -> tuple[str, int]:
+        """(why the example cannot be used at all or "", how many of its tokens count).
+
+        The last token is never read, only predicted, so a window of W serves W + 1 tokens. An answer that goes beyond
+        is cut there: its later positions are in the ledger as `cut`.
+        """
+        readable = len(encoded.input_ids)
+        if self.teacher.window is not None:
+            readable = min(readable, self.teacher.window + 1)
+        if not example.answer.strip():
+            return "empty_answer", readable
+        if readable <= encoded.answer_start:
+            return "prompt_exceeds_window", readable
+        return "", readable
+
+    def _by_context(self, jobs: "Sequence[_Job]") -> Iterator[tuple[list[int], "list[_Job]"]]:
+        """Jobs grouped by the worked examples they share; those that share none are read whole, context ()."""
+        shared: dict[str, list[int]] = {}
+        groups: dict[tuple[int, ...], list[_Job]] = {}
+        for job in jobs:
+            task = job.example.task
+            if task not in shared:
+                shared[task] = self._shared_context(job.example)
+            context = shared[task]
+            fits = job.encoded.input_ids[: len(context)] == context and len(context) < job.encoded.answer_start
+            groups.setdefault(tuple(context) if fits else (), []).append(job)
+        for key, members in groups.items():
+            yield list(key), members
+
+    def _shared_context(self, example: Example) -> list[int]:
+        """The ids every prompt of this task begins with: what two prompts with nothing in common share."""
+        if self.shots.policy != "shared":
+            return []
+        one, other = (self.prompts.prompt_ids(text, self.shots.of(example)) for text in ("0", "a"))
+        same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        return one[:same]
+
+    def _run(self, batch: "Sequence[_Job]", context: list[int]) -> "list[TopK]":
+        """One batch through the teacher and reduced to the CPU; halved for as long as memory runs out."""
+        inputs = [job.input for job in batch]
+        try:
+            chunks = [
+                _on_cpu(select_top_k(logits_NV, self.top_k, self.temperatures))
+                for logits_NV in self.teacher.answer_logits(inputs, context)
+            ]
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        else:
+            return _split(chunks, [item.rows for item in inputs])
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            raise OutOfMemory(
+                f"example {batch[0].example.id}: its {len(batch[0].input.input_ids)} tokens do not fit into memory; "
+                "use teacher.quantization=nf4, fewer teacher.shots, or a larger device"
+            )
+        half = len(batch) // 2
+        return self._run(batch[:half], context) + self._run(batch[half:], context)
+
+    def _row(self, job: "_Job", kept: TopK) -> CacheRow:
+        """One example's cache row; positions beyond the window are filled with zeros and marked cut."""
+        answer_ids = np.asarray(job.encoded.answer_ids, dtype=np.int32)
+        n, read = len(answer_ids), len(kept.finite_N)
+        status = np.full(n, Status.CUT, dtype=np.uint8)
+        status[:read] = np.where(kept.finite_N.numpy(), Status.USABLE, Status.NOT_FINITE)
+        unknown = self.prompts.tokenizer.unk_token_id
+        if unknown is not None and unknown != self.prompts.end_id and (answer_ids == unknown).any():
+            status[int((answer_ids == unknown).argmax()) :] = Status.UNKNOWN_TOKEN
+
+        def padded(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+            array = tensor.numpy()
+            return np.concatenate([array, np.zeros((n - read, *array.shape[1:]), dtype=array.dtype)])
+
+        logits = padded(kept.logits_NK)
+        return CacheRow(
+            example_id=job.example.id,
+            task=job.example.task,
+            prompt=job.example.prompt,
+            answer=job.example.answer,
+            answer_ids=answer_ids,
+            answer_start=job.encoded.answer_start,
+            answer_offsets=np.asarray(job.encoded.answer_offsets, dtype=np.int32),
+            status=status,
+            top_logit=logits[:, 0].copy(),
+            logits=logits,
+            token_ids=padded(kept.token_ids_NK).astype(np.int32),
+            logsumexp=padded(kept.logsumexp_NT),
+            log_tail=None if kept.log_tail_NT is None else padded(kept.log_tail_NT),
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    example: Example
+    encoded: Encoded
+    input: TeacherInput
+
+
+def token_budget_batches(jobs: Sequence[_Job], skipped: int, budget: int) -> Iterator[list[_Job]]:
+    """Length-sorted batches, longest first (memory is at its peak at once, not at the end), each of at most `budget`
+    tokens with padding; `skipped` leading tokens of every sequence are the shared context and count nothing."""
+    ordered = sorted(jobs, key=lambda job: (-len(job.input.input_ids), job.example.id))
+    batch: list[_Job] = []
+    longest = 0
+    for job in ordered:
+        longest = max(longest, len(job.input.input_ids) - skipped)
+        if batch and longest * (len(batch) + 1) > budget:
+            yield batch
+            batch, longest = [], len(job.input.input_ids) - skipped
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def run_shards(
+    capture: Capture,
+    examples: Sequence[Example],
+    writer: CacheWriter,
+    shards: Iterator[int],
+    provenance: dict[str, Any],
+    report: Callable[[int], None],
+) -> int:
+    """Capture and commit the shards that `shards` hands out; returns how many. Encoding and writing overlap compute."""
+    size = writer.manifest.shard_examples
+    done = 0
+    pending: Future[Any] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        for shard in shards:
+            rows, quarantined = capture.shard(examples[shard * size : (shard + 1) * size], report)
+            if pending is not None:
+                pending.result()  # raises here what went wrong there
+            pending = pool.submit(writer.commit, shard, rows, quarantined, provenance)
+            done += 1
+        if pending is not None:
+            pending.result()
+    return done
+
+
+def _on_cpu(kept: TopK) -> TopK:
+    tail = None if kept.log_tail_NT is None else kept.log_tail_NT.cpu()
+    return TopK(kept.logits_NK.cpu(), kept.token_ids_NK.cpu(), kept.logsumexp_NT.cpu(), tail, kept.finite_N.cpu())
+
+
+def _split(chunks: Sequence[TopK], lengths: Sequence[int]) -> list[TopK]:
+    """Row chunks of a batch, regrouped by sequence."""
+
+    def whole(name: str) -> tuple[torch.Tensor, ...]:
+        return torch.cat([getattr(chunk, name) for chunk in chunks]).split(list(lengths))
+
+    fields = [whole(name) for name in ("logits_NK", "token_ids_NK", "logsumexp_NT")]
+    tails: Sequence[torch.Tensor | None] = [None] * len(lengths)
+    if chunks[0].log_tail_NT is not None:
+        tails = whole("log_tail_NT")
+    return [TopK(*parts) for parts in zip(*fields, tails, whole("finite_N"), strict=True)]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch raises a class of its own on a GPU and a plain RuntimeError for the CPU's allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
