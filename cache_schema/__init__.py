@@ -1,0 +1,20 @@
+"""The cache on disk: teacher logits in Parquet, readable by anyone who has numpy and pyarrow.
+
+FORMAT.md beside this file is the norm; the modules are its implementation.
+
+    schema     what a row is: the columns, the status codes, `CacheRow`
+    manifest   the identity and the plan of a cache, its fingerprint
+    record     what is known of a committed shard, the seal, the ledgers
+    codec      logits to integers and back; rows to Arrow tables and back
+    check      the invariants of a row, for the writer and for `verify`
+    shard      one Parquet file: encoding, and reading that never trusts the disk
+    atomic     durable writes: all of a file or nothing of it
+    layout     every path inside a cache, named once
+    claims     hints that keep two processes off one shard
+    writer     `CacheWriter`, called by stage 1
+    reader     `CacheReader`, called by stages 2 and 3
+    verify     `verify`, every byte and every invariant
+    show       one example, for people
+
+Run `python -m cache_schema verify DIR` or `python -m cache_schema show DIR`.
+"""

@@ -1,0 +1,117 @@
+"""`python -m cache_schema verify|show`: look into a cache, given its folder or a recipe.
+
+    python -m cache_schema verify caches/NAME
+    python -m cache_schema show --recipe pocket --example 3 --top 5
+
+Exit codes: 0 good; 1 something committed is damaged; 2 a mistake in the call, no cache there, or it is incomplete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache_schema.errors import CacheError, IncompleteCache
+
+DAMAGED = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print; the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.cache is not None and options.set:
+        parser.error("--set changes a recipe; with a folder it has no meaning")
+    try:
+        folder = options.cache if options.cache is not None else _folder_of_recipe(options.recipe, options.set)
+        return _verify(folder) if options.command == "verify" else _show(folder, options.example, options.top)
+    except CacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cache_schema", description="Look into a cache of teacher logits.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    verify = commands.add_parser("verify", help="check every byte and every invariant; name what is bad")
+    show = commands.add_parser("show", help="print one example: each answer token with the teacher's candidates")
+    for command in (verify, show):
+        which = command.add_mutually_exclusive_group(required=True)
+        which.add_argument("cache", nargs="?", type=Path, metavar="DIR", help="the folder of the cache")
+        which.add_argument("--recipe", metavar="NAME-or-FILE", help="the recipe whose cache is meant")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; any number of times"
+        )
+    show.add_argument("--example", default="0", metavar="N-or-ID", help="which example (default: the first)")
+    show.add_argument("--top", type=_count, default=5, metavar="N", help="candidates a token (default: 5)")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number from 1")
+    return int(text)
+
+
+def _folder_of_recipe(recipe: str, overrides: Sequence[str]) -> Path:
+    """Ask `pipeline`, as a process: this package imports nothing of the rest. Its error messages pass through."""
+    command = [sys.executable, "-m", "pipeline", "show", "--recipe", recipe, "--field", "cache.dir"]
+    for override in overrides:
+        command += ["--set", override]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if answer.returncode != 0:
+        raise SystemExit(answer.returncode)
+    return Path(answer.stdout.strip())
+
+
+def _verify(folder: Path) -> int:
+    from cache_schema.verify import verify  # numpy and pyarrow only now: --help answers at once
+
+    def progress(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\rshard {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    report = verify(folder, progress)
+    totals = report.totals
+    print(f"cache      {report.root}")
+    print(f"identity   {report.manifest.fingerprint}")
+    print(
+        f"shards     {len(report.records)} of {report.manifest.shards}, {'sealed' if report.sealed else 'not sealed'}"
+    )
+    print(f"examples   {totals.examples}")
+    print(f"positions  {totals.positions}")
+    print(f"bytes      {totals.bytes} ({totals.bytes_per_position:.1f} a position)")
+    print(f"codec      off by {totals.codec_error_max:.6f} logits at most (step {report.manifest.step:g})")
+    for name in report.orphans:
+        print(f"note       shards/{name} belongs to no commit record; it is swept when the cache is sealed")
+    for problem in report.problems:
+        print(f"BAD        {problem}")
+    if not report.good:
+        bad = sorted({p.shard for p in report.problems if p.shard is not None})
+        print(f"not good: {len(report.problems)} problems" + (f", in shards {', '.join(map(str, bad))}" if bad else ""))
+        return DAMAGED
+    if not report.complete:
+        print("what is there is good")
+        raise IncompleteCache(report.root, report.manifest.shards, report.missing, report.manifest.stage1_command)
+    print("good")
+    return 0
+
+
+def _show(folder: Path, example: str, top: int) -> int:
+    from cache_schema.reader import CacheReader
+    from cache_schema.show import describe_example, find_example
+
+    reader = CacheReader.open(folder, require_sealed=False)
+    print(describe_example(reader, find_example(reader, example), top))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

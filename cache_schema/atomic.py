@@ -1,0 +1,100 @@
+"""Durable writes: a file appears whole, under its name, on the disk, or it does not appear at all.
+
+Called by the writer. `publish` is temporary name, flush, rename, flush the folder. `create` does the same with `link`
+for the rename, which fails when the name exists: of two processes one wins, on local disks and on NFS alike.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cache_schema.errors import StorageError
+
+_TEMPORARY = ".tmp-"
+
+
+def publish(path: Path, data: bytes | memoryview) -> None:
+    """Write a file under its final name, replacing what was there. Raises OSError; nothing is left behind."""
+    with _temporary(path, data) as temporary:
+        temporary.rename(path)
+        sync_folder(path.parent)
+
+
+def create(path: Path, data: bytes | memoryview) -> bool:
+    """Write a file only if nothing has its name; whether we did. Raises OSError; nothing is left behind."""
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # NFS may repeat a request that had succeeded: the name is then taken, by ourselves.
+            created = path.exists() and temporary.samefile(path)
+        else:
+            created = True
+        sync_folder(path.parent)  # by the loser too: what it now relies on must last
+        return created
+
+
+@contextmanager
+def _temporary(path: Path, data: bytes | memoryview) -> Iterator[Path]:
+    temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}-{path.name}"
+    try:
+        _write(temporary, data)
+        yield temporary
+    finally:
+        with suppress(FileNotFoundError):  # renamed, or swept by whoever sealed the cache
+            temporary.unlink()
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(fd, left) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder: a rename or a link lasts only after this."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what crashed writers left in a folder. A slow writer that is still alive sees FileNotFoundError."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_errors(folder: Path, doing: str) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what to do. FileNotFoundError passes: callers know why."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{doing} failed: {error.strerror} ({folder})\n  {_advice(folder, error)}") from error
+
+
+def _advice(folder: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(folder).free
+        return (
+            f"free there: {free / 1e6:.1f} MB (a quota or a file size limit may be lower)\n"
+            "  next: make room, or choose another folder (--set cache.dir=FOLDER), and run the same command again;\n"
+            "        every committed shard is kept and is not computed again"
+        )
+    if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+        return "next: use a file system with hard links (ext4, xfs, NFS, ...): --set cache.dir=FOLDER"
+    return "next: check the folder's permissions and the disk, or choose another: --set cache.dir=FOLDER"

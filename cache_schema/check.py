@@ -1,0 +1,146 @@
+"""The invariants of a row, as FORMAT.md states them. Called by the writer, before, and by `verify`, after.
+
+A row that breaks one is never written, and a shard that holds one is bad, whatever its checksums say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.codec import usable_positions
+from cache_schema.manifest import Manifest
+from cache_schema.schema import CacheRow, Status
+
+# The normalisers are computed in float32 by the teacher and compared with sums over K logits here: the bound below
+# is for those roundings. What it must catch (a wrong temperature, base-2 logarithms, a shifted row) is far larger.
+NORMALISER_TOLERANCE = 1e-3
+
+
+def problem_of(row: CacheRow, manifest: Manifest, *, decoded: bool) -> str | None:
+    """The first invariant that a row breaks, in words; None when it is sound.
+
+    `decoded`: the logits went through the codec, so the normalisers agree with them to within half a step more.
+    """
+    return (
+        _text_problem(row)
+        or _shape_problem(row, manifest)
+        or _position_problem(row, manifest)
+        or _numbers_problem(row, manifest, manifest.step / 2 if decoded else 0.0)
+    )
+
+
+def _text_problem(row: CacheRow) -> str | None:
+    for name in ("example_id", "task", "prompt", "answer"):
+        value = getattr(row, name)
+        if not isinstance(value, str):
+            return f"{name} is a {type(value).__name__}, expected text"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{name} is not valid Unicode (a lone surrogate)"
+    return None if row.example_id else "example_id is empty"
+
+
+def _shape_problem(row: CacheRow, manifest: Manifest) -> str | None:
+    n, k, t = len(row.answer_ids), manifest.top_k, len(manifest.temperatures)
+    if n == 0:
+        return "no positions; an example without an answer token is quarantined, not written"
+    expected: list[tuple[str, type[np.generic], tuple[int, ...] | None]] = [
+        ("answer_ids", np.int32, (n,)),
+        ("answer_offsets", np.int32, (n, 2)),
+        ("status", np.uint8, (n,)),
+        ("top_logit", np.float32, (n,)),
+        ("logits", np.float32, (n, k)),
+        ("token_ids", np.int32, (n, k) if manifest.store_ids else None),
+        ("logsumexp", np.float32, (n, t)),
+        ("log_tail", np.float32, (n, t) if manifest.stores_tail else None),
+    ]
+    for name, dtype, shape in expected:
+        array: NDArray[Any] | None = getattr(row, name)
+        want = "None" if shape is None else f"{np.dtype(dtype)}{list(shape)}"
+        if array is None:
+            found = "None"
+        elif not isinstance(array, np.ndarray):
+            found = type(array).__name__
+        else:
+            found = f"{array.dtype}{list(array.shape)}"
+        if found != want:
+            return f"{name} is {found}, expected {want}"
+    return None
+
+
+def _position_problem(row: CacheRow, manifest: Manifest) -> str | None:
+    if not 0 <= row.answer_start < 2**31:
+        return f"answer_start is {row.answer_start}, expected an index into the teacher input"
+    if row.answer_ids.min() < 0 or row.answer_ids.max() >= manifest.vocab_size:
+        return f"answer_ids run from {row.answer_ids.min()} to {row.answer_ids.max()}, vocabulary {manifest.vocab_size}"
+    if row.status.max() > max(Status):
+        return f"status {row.status.max()} is unknown"
+    start_N, end_N = row.answer_offsets[:, 0], row.answer_offsets[:, 1]
+    if start_N.min() < 0 or end_N.max() > len(row.answer) or (start_N > end_N).any():
+        return f"answer_offsets leave the answer text of {len(row.answer)} code points, or end before they start"
+    if (np.diff(start_N) < 0).any() or (np.diff(end_N) < 0).any():
+        return "answer_offsets go backwards"
+    return None
+
+
+def _numbers_problem(row: CacheRow, manifest: Manifest, codec_error: float) -> str | None:
+    usable_N = row.status == Status.USABLE
+    at = np.flatnonzero(usable_N)  # to name the position in the row
+
+    def first(bad_M: NDArray[np.bool_], what: str) -> str | None:
+        return f"position {at[bad_M.argmax()]}: {what}" if bad_M.any() else None
+
+    top_M, logits_MK, lse_MT = row.top_logit[usable_N], row.logits[usable_N], row.logsumexp[usable_N]
+    ids_MK = None if row.token_ids is None else row.token_ids[usable_N]
+    tail_MT = None if row.log_tail is None else row.log_tail[usable_N]
+    if not len(at):
+        return None
+    return (
+        first(
+            ~usable_positions(top_M, logits_MK, lse_MT, tail_MT, manifest.step),
+            "a number that is not finite, or too far below the top logit, in a position marked usable",
+        )
+        or first(top_M != logits_MK[:, 0], "top_logit is not the logit of rank 0")
+        or first((np.diff(logits_MK) > 0).any(axis=1), "logits are not sorted, largest first")
+        or (None if ids_MK is None else _ids_problem(ids_MK, logits_MK, manifest, codec_error, first))
+        or _normaliser_problem(logits_MK, lse_MT, tail_MT, manifest, codec_error, first)
+    )
+
+
+def _ids_problem(
+    ids_MK: NDArray[np.int32], logits_MK: NDArray[np.float32], manifest: Manifest, codec_error: float, first: Any
+) -> str | None:
+    outside_M = (ids_MK.min(axis=1) < 0) | (ids_MK.max(axis=1) >= manifest.vocab_size)
+    problem: str | None = first(outside_M, f"a token id outside the vocabulary of {manifest.vocab_size}")
+    problem = problem or first((np.diff(np.sort(ids_MK, axis=1)) == 0).any(axis=1), "a token id twice")
+    if problem is None and not codec_error:  # after the codec, unequal logits can look equal
+        swapped_MK = (np.diff(logits_MK) == 0) & (np.diff(ids_MK) < 0)
+        problem = first(swapped_MK.any(axis=1), "equal logits are not ordered by lower id")
+    return problem
+
+
+def _normaliser_problem(
+    logits_MK: NDArray[np.float32],
+    lse_MT: NDArray[np.float32],
+    tail_MT: NDArray[np.float32] | None,
+    manifest: Manifest,
+    codec_error: float,
+    first: Any,
+) -> str | None:
+    """log(exp(head) + exp(log_tail)) is logsumexp: ties logits, temperatures and both normalisers together."""
+    for i, temperature in enumerate(manifest.temperatures):
+        scaled_MK = logits_MK.astype(np.float64) / temperature
+        top_M = scaled_MK[:, 0]  # the largest, so the exponentials below are at most 1
+        head_M = top_M + np.log(np.exp(scaled_MK - top_M[:, None]).sum(axis=1))
+        total_M = head_M if tail_MT is None else np.logaddexp(head_M, tail_MT[:, i].astype(np.float64))
+        lse_M = lse_MT[:, i].astype(np.float64)
+        tolerance_M = NORMALISER_TOLERANCE * np.maximum(1, np.abs(lse_M) / 100) + codec_error / temperature
+        what = f"at temperature {temperature}, logsumexp is not that of the top K and log_tail together"
+        problem: str | None = first(np.abs(total_M - lse_M) > tolerance_M, what)
+        if problem is not None:
+            return problem
+    return None

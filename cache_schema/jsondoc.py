@@ -1,0 +1,185 @@
+"""The JSON documents of a cache: canonical bytes, a checksum in each document, strict reading.
+
+Called by `manifest` and `record`. Every document is an object with `format`, `schema_version`, its own fields and
+`checksum`: the SHA-256 of the canonical JSON of everything else in it. A flipped byte therefore either changes no
+value (white space) or is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cache_schema.errors import DamagedDocument, UnknownVersion, shown
+from cache_schema.schema import SCHEMA_VERSION
+
+T = TypeVar("T")
+
+
+def canonical(value: Any) -> bytes:
+    """The one byte string of a JSON value: sorted keys, no white space, UTF-8, floats as their shortest repr.
+
+    Raises ValueError, naming the place, for anything that has no stable identity: NaN and infinities, tuples, sets,
+    numpy scalars, paths, enums, keys that are not strings, text that is not Unicode.
+    """
+    _check_stable(value, "")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _check_stable(value: Any, place: str) -> None:
+    kind = type(value)  # exact: a bool or an enum is an int to isinstance, a numpy float64 is a float
+    here = place or "the value"
+    if kind is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise ValueError(f"{here}: key {key!r} is a {type(key).__name__}; expected a string")
+            _check_stable(key, f"{place} (key)")
+            _check_stable(item, f"{place}.{key}" if place else key)
+    elif kind is list:
+        for i, item in enumerate(value):
+            _check_stable(item, f"{place}[{i}]")
+    elif kind is float:
+        if not math.isfinite(value):
+            raise ValueError(f"{here}: {value} has no stable identity; expected a finite number")
+    elif kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{here}: {shown(value)} is not valid Unicode (a lone surrogate)") from None
+    elif kind not in (int, bool, type(None)):
+        raise ValueError(
+            f"{here}: {shown(value)} is a {kind.__name__}, which has no stable identity; expected plain JSON "
+            "(dict, list, str, int, float, bool, None)"
+        )
+
+
+def dump(kind: str, fields: dict[str, Any]) -> bytes:
+    """The bytes of a document: indented for people, its checksum over the canonical form of the rest."""
+    body = {"format": f"logitbank.{kind}", "schema_version": SCHEMA_VERSION, **fields}
+    body["checksum"] = hashlib.sha256(canonical(body)).hexdigest()
+    return (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def load(path: Path, kind: str) -> Fields:
+    """Read a document written by `dump`.
+
+    Raises FileNotFoundError when there is none, DamagedDocument when it is not what was written, UnknownVersion when
+    another version of the format wrote it.
+    """
+    body = parse(path, read_regular_file(path))
+    if not isinstance(body, dict):
+        raise DamagedDocument(path, f"found a JSON {type(body).__name__}, expected an object")
+    if body.get("format") != f"logitbank.{kind}":
+        raise DamagedDocument(path, f"its format is {shown(body.get('format'))}, expected 'logitbank.{kind}'")
+    version = body.get("schema_version")
+    if type(version) is int and version != SCHEMA_VERSION:
+        raise UnknownVersion(
+            f"{path} was written in schema version {version}; this reader knows version {SCHEMA_VERSION}\n"
+            "  next: use the release of logitbank that wrote the cache, or make the cache again"
+        )
+    checksum = body.pop("checksum", None)
+    try:
+        actual = hashlib.sha256(canonical(body)).hexdigest()
+    except ValueError as error:  # NaN and the like: Python's parser takes them, JSON does not
+        raise DamagedDocument(path, str(error)) from None
+    if checksum != actual:
+        raise DamagedDocument(path, f"its content has checksum {actual}, but it says {shown(checksum)}")
+    del body["format"], body["schema_version"]
+    return Fields(body, path)
+
+
+def parse(path: Path, data: bytes) -> Any:
+    """JSON of a file, whatever is wrong with it a DamagedDocument naming the file."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedDocument(path, f"it is not JSON ({error})") from None
+
+
+def read_regular_file(path: Path) -> bytes:
+    """The bytes of a plain file. Raises FileNotFoundError or NotADirectoryError when there is nothing.
+
+    Anything else in the way (a folder, a pipe, a loop of links, no permission) is a DamagedDocument, never a hang.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise DamagedDocument(path, "it is not a plain file")
+            with os.fdopen(fd, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise DamagedDocument(path, f"it cannot be read: {error.strerror}") from None
+
+
+class Fields:
+    """The fields of an object in a document, taken one by one; what is missing, mistyped or left over is an error.
+
+    `take(name, int)` accepts exactly that type: JSON's 1 is not a float here and true is not an int.
+    """
+
+    def __init__(self, values: Any, file: Path, place: str = "") -> None:
+        self._file = file
+        self._place = f"{place}: " if place else ""
+        if type(values) is not dict:
+            raise self.damaged(f"found {shown(values)}, expected an object")
+        self._left: dict[str, Any] = dict(values)
+
+    def damaged(self, what: str) -> DamagedDocument:
+        """The error to raise about this object."""
+        return DamagedDocument(self._file, self._place + what)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def inner(self, values: Any, place: str) -> Fields:
+        """An object inside this one."""
+        return Fields(values, self._file, self._place + place)
+
+    def take(self, name: str, kind: type[T]) -> T:
+        """The value of a field, of exactly this type."""
+        if name not in self._left:
+            raise self.damaged(f"the field {name!r} is missing")
+        value = self._left.pop(name)
+        if type(value) is not kind:
+            raise self.damaged(f"{name} is {shown(value)}, expected a {kind.__name__}")
+        return value
+
+    def take_count(self, name: str) -> int:
+        """An integer that is not negative."""
+        value = self.take(name, int)
+        if value < 0:
+            raise self.damaged(f"{name} is {value}, expected 0 or more")
+        return value
+
+    def take_sha256(self, name: str) -> str:
+        """A SHA-256 in hexadecimal."""
+        value = self.take(name, str)
+        if not is_sha256(value):
+            raise self.damaged(f"{name} is {shown(value)}, expected 64 hexadecimal digits")
+        return value
+
+    def expect(self, name: str, expected: str | int) -> None:
+        """Take a field that can have one value only."""
+        value = self.take(name, type(expected))
+        if value != expected:
+            raise self.damaged(f"{name} is {shown(value)}, expected {expected!r}")
+
+    def done(self) -> None:
+        """Raise when a field was not taken: nothing in a document is ignored."""
+        if self._left:
+            raise self.damaged(f"unknown field {next(iter(self._left))!r}")
+
+
+def is_sha256(value: object) -> bool:
+    """Whether this is a SHA-256 in lower-case hexadecimal."""
+    return type(value) is str and len(value) == 64 and set(value) <= set("0123456789abcdef")

@@ -1,0 +1,141 @@
+"""Reading a cache: `CacheReader`, called by stages 2 and 3 and by `show`.
+
+    reader = CacheReader.open(folder, expect=identity)
+    rows = reader.read([5, 0, 977])                    # decoded, in this order
+    for text in reader.rows(TEXT): ...                 # the text columns alone
+
+Opening a sealed cache reads its manifest and `sealed.json`, whatever its size. Nothing is believed unchecked: footers
+by SHA-256, pages by checksum, documents by theirs; damage is a CorruptShard, never a wrong number.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+from cache_schema.codec import RowGroup
+from cache_schema.errors import IncompleteCache
+from cache_schema.layout import Layout
+from cache_schema.manifest import Manifest, load_vocabulary
+from cache_schema.record import CommitRecord, Seal, Totals
+from cache_schema.schema import ALL, CacheRow, Columns, TextRow
+from cache_schema.shard import ShardFile
+
+MEMORY_BYTES = 512 << 20
+
+
+class CacheReader:
+    """An open cache. Rows are numbered through the shards in order, quarantined examples left out.
+
+    Attributes: `root`, `manifest`, `records` (of the committed shards, in order), `sealed`.
+    """
+
+    def __init__(
+        self, root: Path, manifest: Manifest, records: Sequence[CommitRecord], sealed: bool, memory_bytes: int
+    ) -> None:
+        self.root, self.manifest, self.records, self.sealed = root, manifest, tuple(records), sealed
+        self._ends = list(accumulate(record.rows for record in records))  # of each record, in row numbers
+        self._files: dict[int, ShardFile] = {}
+        self._groups: OrderedDict[tuple[int, int, Columns], RowGroup] = OrderedDict()  # least recently used first
+        self._memory_bytes = memory_bytes
+
+    @classmethod
+    def open(
+        cls,
+        cache_dir: Path,
+        expect: dict[str, Any] | None = None,
+        require_sealed: bool = True,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> CacheReader:
+        """Open a cache for reading.
+
+        expect: the identity that the numbers must have; FingerprintMismatch lists the fields that differ.
+        require_sealed: raise IncompleteCache unless every shard is there; else read those that are committed.
+        memory_bytes: how much decoded Parquet to keep, least recently used out first; the last group always stays.
+        Raises NotACache, DamagedDocument, UnknownVersion, InvalidManifest as well.
+        """
+        root = Path(cache_dir).absolute()
+        manifest = Manifest.load(root)
+        if expect is not None:
+            manifest.expect_identity(root, expect)
+        try:
+            return cls(root, manifest, Seal.load(root, manifest).records, True, memory_bytes)
+        except FileNotFoundError:
+            recorded = Layout(root).recorded()
+        if require_sealed:
+            missing = sorted(set(range(manifest.shards)) - set(recorded))
+            raise IncompleteCache(root, manifest.shards, missing, manifest.stage1_command)
+        records = [CommitRecord.load(root, shard, manifest) for shard in recorded]
+        return cls(root, manifest, records, False, memory_bytes)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def totals(self) -> Totals:
+        """The ledgers of examples and positions, from the commit records."""
+        return Totals.of(self.records, self.manifest)
+
+    def vocabulary(self) -> list[str | None]:
+        """Token id to token text, for people; nothing needs it to decode. Raises DamagedDocument."""
+        return load_vocabulary(self.root, self.manifest)
+
+    @overload
+    def read(self, indices: Sequence[int], columns: Literal[Columns.ALL] = ...) -> list[CacheRow]: ...
+    @overload
+    def read(self, indices: Sequence[int], columns: Literal[Columns.TEXT]) -> list[TextRow]: ...
+    def read(self, indices: Sequence[int], columns: Columns = ALL) -> list[CacheRow] | list[TextRow]:
+        """The rows with these numbers, in the order asked; row t of each predicts answer token t.
+
+        Each row has arrays of its own. Rows that lie together are read together, whatever the order. Raises
+        IndexError for a number outside 0 to len - 1, CorruptShard.
+        """
+        found: dict[int, TextRow] = {}
+        for index in sorted(set(indices)):
+            which, group, row = self._locate(index)
+            rows = self._group(which, group, columns)
+            with self._files[which].reading():
+                found[index] = rows.row(row)
+        if columns is Columns.TEXT:
+            return [found[index] for index in indices]
+        return [cast(CacheRow, found[index]) for index in indices]
+
+    @overload
+    def rows(self, columns: Literal[Columns.ALL] = ...) -> Iterator[CacheRow]: ...
+    @overload
+    def rows(self, columns: Literal[Columns.TEXT]) -> Iterator[TextRow]: ...
+    def rows(self, columns: Columns = ALL) -> Iterator[CacheRow] | Iterator[TextRow]:
+        """Every row in order, one at a time."""
+        return (row for i in range(len(self)) for row in self.read([i], columns))  # type: ignore[call-overload]
+
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """Record, row group and row within the group of a row number."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no row {index}; the cache at {self.root} has rows 0 to {len(self) - 1}")
+        which = bisect_right(self._ends, index)
+        row = index - (self._ends[which] - self.records[which].rows)
+        for group, rows in enumerate(self._file(which).group_rows):
+            if row < rows:
+                return which, group, row
+            row -= rows
+        raise AssertionError("a ShardFile has as many rows as its record says")
+
+    def _file(self, which: int) -> ShardFile:
+        if which not in self._files:
+            record = self.records[which]
+            self._files[which] = ShardFile(Layout(self.root).shards / record.file, record, self.manifest)
+        return self._files[which]
+
+    def _group(self, which: int, group: int, columns: Columns) -> RowGroup:
+        key = (which, group, columns)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        rows = self._groups[key] = self._file(which).group(group, columns)
+        while len(self._groups) > 1 and sum(g.nbytes for g in self._groups.values()) > self._memory_bytes:
+            self._groups.popitem(last=False)
+        return rows

@@ -1,0 +1,189 @@
+"""What is known of committed shards: `CommitRecord`, the `Seal` over all of them, and the ledgers.
+
+A shard counts only if its commit record does: `shards/00003.json`, created exclusively after the data file is safe.
+`sealed.json` is written last and holds all records, so that opening a finished cache reads two small files.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_schema import jsondoc
+from cache_schema.layout import Layout, data_name
+from cache_schema.manifest import Manifest
+from cache_schema.schema import QuarantinedExample, Status
+
+_REASONS = [status.reason for status in Status if status is not Status.USABLE]
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """One committed shard."""
+
+    shard: int
+    rows: int  # examples written
+    positions: int  # positions of those rows, usable or not
+    bytes: int  # size of the data file
+    sha256: str  # of the whole data file
+    footer_sha256: str  # of the Parquet footer alone, checked whenever the file is opened: page checksums omit it
+    codec_error_max: float  # largest |decoded - raw| logit over usable positions, measured when written
+    quarantined: tuple[QuarantinedExample, ...]
+    quarantined_positions: dict[str, int]  # status reason -> how many positions of the rows
+    provenance: dict[str, Any]
+
+    @property
+    def file(self) -> str:
+        """The plain name of the data file inside `shards/`, derived from shard and hash."""
+        return data_name(self.shard, self.sha256)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as in `shards/00003.json` and in the list of `sealed.json`."""
+        return {**asdict(self), "file": self.file, "quarantined": [asdict(example) for example in self.quarantined]}
+
+    def dump(self, fingerprint: str) -> builtins.bytes:
+        """The bytes of the commit record of a cache with this fingerprint."""
+        return jsondoc.dump("record", {"fingerprint": fingerprint, **self.to_json()})
+
+    @classmethod
+    def load(cls, root: Path, shard: int, manifest: Manifest) -> CommitRecord:
+        """Read the record of a shard. Raises FileNotFoundError when there is none, DamagedDocument when bad."""
+        doc = jsondoc.load(Layout(root).record(shard), "record")
+        doc.expect("fingerprint", manifest.fingerprint)
+        return cls.from_fields(doc, shard, manifest)
+
+    @classmethod
+    def from_fields(cls, doc: jsondoc.Fields, shard: int, manifest: Manifest) -> CommitRecord:
+        """A record from its fields, held against the plan. Raises DamagedDocument."""
+        if not 0 <= shard < manifest.shards:
+            raise doc.damaged(f"the plan has {manifest.shards} shards, there is no shard {shard}")
+        doc.expect("shard", shard)
+        record = cls(
+            shard=shard,
+            rows=doc.take_count("rows"),
+            positions=doc.take_count("positions"),
+            bytes=doc.take_count("bytes"),
+            sha256=doc.take_sha256("sha256"),
+            footer_sha256=doc.take_sha256("footer_sha256"),
+            codec_error_max=doc.take("codec_error_max", float),
+            quarantined=tuple(
+                _quarantined(doc.inner(item, f"quarantined[{i}]"))
+                for i, item in enumerate(doc.take("quarantined", list))
+            ),
+            quarantined_positions=_counts(doc.inner(doc.take("quarantined_positions", dict), "quarantined_positions")),
+            provenance=doc.take("provenance", dict),
+        )
+        doc.expect("file", record.file)
+        doc.done()
+        planned = len(manifest.examples_of(shard))
+        if record.rows + len(record.quarantined) != planned:
+            raise doc.damaged(
+                f"{record.rows} rows and {len(record.quarantined)} quarantined, expected {planned} examples"
+            )
+        if sum(record.quarantined_positions.values()) > record.positions:
+            raise doc.damaged("more positions quarantined than there are")
+        return record
+
+
+def _quarantined(doc: jsondoc.Fields) -> QuarantinedExample:
+    example = QuarantinedExample(
+        doc.take("example_id", str), doc.take("task", str), doc.take("reason", str), doc.take_count("positions")
+    )
+    doc.done()
+    return example
+
+
+def _counts(doc: jsondoc.Fields) -> dict[str, int]:
+    counts = {reason: doc.take_count(reason) for reason in _REASONS if reason in doc}
+    doc.done()
+    return counts
+
+
+@dataclass(frozen=True)
+class Seal:
+    """All commit records of a complete cache, in shard order."""
+
+    records: tuple[CommitRecord, ...]
+
+    def dump(self, manifest: Manifest) -> bytes:
+        """The bytes of `sealed.json`."""
+        records = [record.to_json() for record in self.records]
+        return jsondoc.dump("seal", {"fingerprint": manifest.fingerprint, "records": records})
+
+    @classmethod
+    def load(cls, root: Path, manifest: Manifest) -> Seal:
+        """Read `sealed.json`. Raises FileNotFoundError when the cache is not sealed, DamagedDocument when bad."""
+        doc = jsondoc.load(Layout(root).sealed, "seal")
+        doc.expect("fingerprint", manifest.fingerprint)
+        items = doc.take("records", list)
+        doc.done()
+        if len(items) != manifest.shards:
+            raise doc.damaged(f"{len(items)} records, expected {manifest.shards}")
+        inner = (doc.inner(item, f"records[{shard}]") for shard, item in enumerate(items))
+        return cls(tuple(CommitRecord.from_fields(fields, shard, manifest) for shard, fields in enumerate(inner)))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What came in, and where it went. It reconciles when written + quarantined = input."""
+
+    input: int
+    written: int
+    quarantined: dict[str, int]  # reason -> how many
+
+    @property
+    def reconciles(self) -> bool:
+        """Whether every input is accounted for."""
+        return self.written + sum(self.quarantined.values()) == self.input
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(self.quarantined.items())) or "none"
+        return f"{self.input} in = {self.written} written + {sum(self.quarantined.values())} quarantined ({reasons})"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The two ledgers of a cache, or of its committed part, and what it weighs."""
+
+    examples: Ledger
+    positions: Ledger
+    bytes: int  # of the data files
+    codec_error_max: float  # logit units
+
+    @classmethod
+    def of(cls, records: Sequence[CommitRecord], manifest: Manifest) -> Totals:
+        """Sum over records. Inputs come from the plan, so an example that is lost does not reconcile.
+
+        The positions of quarantined examples, where they could be counted, are in the ledger under their reason.
+        """
+        example_reasons: Counter[str] = Counter()
+        position_reasons: Counter[str] = Counter()
+        for record in records:
+            position_reasons.update(record.quarantined_positions)
+            for example in record.quarantined:
+                example_reasons[example.reason] += 1
+                position_reasons[example.reason] += example.positions
+        in_rows = sum(record.positions for record in records)
+        unusable = sum(sum(record.quarantined_positions.values()) for record in records)
+        without_row = sum(example.positions for record in records for example in record.quarantined)
+        return cls(
+            examples=Ledger(
+                sum(len(manifest.examples_of(record.shard)) for record in records),
+                sum(record.rows for record in records),
+                dict(example_reasons),
+            ),
+            positions=Ledger(
+                in_rows + without_row, in_rows - unusable, {r: n for r, n in position_reasons.items() if n}
+            ),
+            bytes=sum(record.bytes for record in records),
+            codec_error_max=max((record.codec_error_max for record in records), default=0.0),
+        )
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Bytes of the data files for each position written."""
+        return self.bytes / max(1, self.positions.written)

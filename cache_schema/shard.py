@@ -1,0 +1,183 @@
+"""One Parquet file of the cache: its bytes from rows, and reading that believes nothing it has not checked.
+
+Called by writer (`encode_shard`), reader and verify (`ShardFile`). Plain Parquet: pandas, DuckDB and `datasets` open
+a shard without this package. Encodings were chosen by size at K=256 over a vocabulary of 151,936 with zstd 3, bytes a
+position: token_ids 566 split, 570 plain; gaps 132 delta-packed, 145 split, 222 plain. DuckDB reads all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache_schema.check import problem_of
+from cache_schema.codec import ARROW_SCHEMA, RowGroup, encode_row, to_table
+from cache_schema.errors import CorruptShard, InvalidRow
+from cache_schema.jsondoc import canonical
+from cache_schema.manifest import Manifest
+from cache_schema.record import CommitRecord
+from cache_schema.schema import TEXT_COLUMNS, CacheRow, Columns
+
+GROUP_VALUES = 1 << 22  # numbers of `gaps` in a row group: 16 MiB decoded, what one random read costs
+
+_ENCODINGS = {
+    **dict.fromkeys(("example_id", "prompt", "answer"), "PLAIN"),
+    "answer_ids.list.element": "BYTE_STREAM_SPLIT",
+    "answer_start": "DELTA_BINARY_PACKED",
+    "answer_offsets.list.element": "DELTA_BINARY_PACKED",
+    "status.list.element": "PLAIN",
+    "top_logit.list.element": "BYTE_STREAM_SPLIT",
+    "gaps.list.element": "DELTA_BINARY_PACKED",
+    "token_ids.list.element": "BYTE_STREAM_SPLIT",
+    "logsumexp.list.element": "BYTE_STREAM_SPLIT",
+    "log_tail.list.element": "BYTE_STREAM_SPLIT",
+}
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """The bytes of a data file and what its commit record says of them."""
+
+    data: memoryview
+    sha256: str
+    footer_sha256: str
+    codec_error_max: float
+
+
+def encode_shard(rows: Sequence[CacheRow], shard: int, manifest: Manifest) -> EncodedShard:
+    """The data file of a shard, in memory: the same rows give the same bytes.
+
+    Raises InvalidRow, naming shard, row and position, where a row breaks an invariant.
+    """
+    sink = pa.BufferOutputStream()
+    writer = pq.ParquetWriter(
+        sink,
+        ARROW_SCHEMA,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=["task"],
+        column_encoding=_ENCODINGS,
+        write_statistics=False,
+        store_schema=False,
+        write_page_checksum=True,
+    )
+    error_max = 0.0
+    with writer:
+        for group in _groups(rows, manifest.top_k):
+            encoded = []
+            for i in group:
+                problem = problem_of(rows[i], manifest, decoded=False)
+                if problem is not None:
+                    raise InvalidRow(f"shard {shard}, row {i} (example {rows[i].example_id!r}): {problem}")
+                columns, error = encode_row(rows[i], manifest)
+                encoded.append(columns)
+                error_max = max(error_max, error)
+            writer.write_table(to_table(encoded), row_group_size=len(encoded))
+        writer.add_key_value_metadata({"logitbank": _tag(shard, manifest)})
+    data = memoryview(sink.getvalue())
+    return EncodedShard(data, hashlib.sha256(data).hexdigest(), hashlib.sha256(footer_of(data)).hexdigest(), error_max)
+
+
+def _groups(rows: Sequence[CacheRow], top_k: int) -> Iterator[range]:
+    """Consecutive rows of about GROUP_VALUES gaps: a read costs the same whatever the K and the lengths."""
+    start = values = 0
+    for i, row in enumerate(rows):
+        size = len(row.answer_ids) * top_k
+        if i > start and values + size > GROUP_VALUES:
+            yield range(start, i)
+            start, values = i, 0
+        values += size
+    if rows:
+        yield range(start, len(rows))
+
+
+def _tag(shard: int, manifest: Manifest) -> bytes:
+    """What a data file says of itself, so that a stray one can be recognised and decoded."""
+    return canonical(
+        {
+            "schema_version": manifest.schema_version,
+            "fingerprint": manifest.fingerprint,
+            "shard": shard,
+            "top_k": manifest.top_k,
+            "step": manifest.step,
+            "temperatures": list(manifest.temperatures),
+        }
+    )
+
+
+def footer_of(data: memoryview) -> memoryview:
+    """The end of a Parquet file: metadata, its length in 4 bytes, the magic. Raises ValueError if there is none."""
+    length = int.from_bytes(data[-8:-4], "little") + 8
+    if len(data) < length + 4 or bytes(data[-4:]) != b"PAR1":
+        raise ValueError("the file does not end in a Parquet footer")
+    return data[-length:]
+
+
+class ShardFile:
+    """A committed data file, its footer checked against the commit record; `group` reads some of its rows.
+
+    Page checksums are verified on every read and the SHA-256 of the footer at opening, so every byte that a read
+    depends on is covered at a cost of kilobytes. `verify` hashes the whole file. Holds no open file: it can be used
+    after a fork. Raises CorruptShard.
+    """
+
+    def __init__(self, path: Path, record: CommitRecord, manifest: Manifest) -> None:
+        self.path, self._shard, self._manifest = path, record.shard, manifest
+        with self.reading():
+            self._metadata = self._open(record)
+        self.group_rows = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        if sum(self.group_rows) != record.rows:
+            raise self.corrupt(f"it has {sum(self.group_rows)} rows, its commit record says {record.rows}")
+
+    def _open(self, record: CommitRecord) -> Any:
+        if not self.path.is_file():
+            raise self.corrupt("it is not a plain file" if self.path.exists() else "there is no such file")
+        size = self.path.stat().st_size
+        if size != record.bytes:
+            raise self.corrupt(f"it has {size} bytes, its commit record says {record.bytes}")
+        with self.path.open("rb") as file:
+            file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(4), "little") + 8
+            file.seek(-min(length, size), os.SEEK_END)
+            found = hashlib.sha256(file.read()).hexdigest()
+        if found != record.footer_sha256:
+            raise self.corrupt(f"its footer has SHA-256 {found}, its commit record says {record.footer_sha256}")
+        metadata = pq.read_metadata(self.path)
+        if metadata.schema.to_arrow_schema().remove_metadata() != ARROW_SCHEMA:
+            raise self.corrupt(f"its columns are not those of schema version {self._manifest.schema_version}")
+        tag = (metadata.metadata or {}).get(b"logitbank", b"")
+        if tag != _tag(self._shard, self._manifest):
+            raise self.corrupt(f"it belongs elsewhere: it says {tag.decode(errors='replace')!r}")
+        return metadata
+
+    def group(self, index: int, columns: Columns) -> RowGroup:
+        """Read one row group."""
+        names = list(TEXT_COLUMNS) if columns is Columns.TEXT else None
+        with (
+            self.reading(),
+            pq.ParquetFile(self.path, metadata=self._metadata, page_checksum_verification=True) as file,
+        ):
+            table = file.read_row_group(index, columns=names)
+            if table.num_rows != self.group_rows[index]:
+                raise ValueError(f"row group {index} has {table.num_rows} rows, expected {self.group_rows[index]}")
+            return RowGroup(table, self._manifest, columns)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Whatever goes wrong inside is a CorruptShard that names this file."""
+        try:
+            yield
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise self.corrupt(f"it cannot be read: {error}") from error
+
+    def corrupt(self, what: str) -> CorruptShard:
+        """The error to raise about this file."""
+        return CorruptShard(self._shard, self.path, what)

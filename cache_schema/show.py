@@ -1,0 +1,94 @@
+"""One example of a cache, for people: the prompt, then each answer token with the teacher's top candidates.
+
+Called by `python -m cache_schema show`. Texts come from `vocabulary.json`, probabilities are
+exp(logit / T - logsumexp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cache_schema.errors import UnknownExample
+from cache_schema.reader import CacheReader
+from cache_schema.schema import TEXT, CacheRow, Status
+
+COLUMN_CHARACTERS = 18
+
+
+def find_example(reader: CacheReader, which: str) -> int:
+    """The row number of an example given by number or by id. Raises UnknownExample."""
+    if which.isascii() and which.isdigit() and int(which) < len(reader):
+        return int(which)
+    for index, row in enumerate(reader.rows(TEXT)):
+        if row.example_id == which:
+            return index
+    for record in reader.records:
+        for example in record.quarantined:
+            if example.example_id == which:
+                raise UnknownExample(
+                    f"example {which!r} of task {example.task!r} has no row: it is quarantined, {example.reason}"
+                )
+    raise UnknownExample(
+        f"the cache at {reader.root} has no example {which!r}\n"
+        f"  next: --example takes a number from 0 to {len(reader) - 1}, or an example's id"
+    )
+
+
+def describe_example(reader: CacheReader, index: int, top: int) -> str:
+    """The text that `show` prints: one line an answer token, the teacher's `top` candidates and the tail's mass.
+
+    Row t is the distribution that predicts answer token t; the candidate that is the answer token is marked `*`.
+    """
+    (row,) = reader.read([index])
+    vocabulary = reader.vocabulary()
+    temperature = reader.manifest.temperatures[0]
+    top = min(top, reader.manifest.top_k)
+    lines = [
+        f"example {index} of {len(reader)}: {printable(row.example_id)} (task {printable(row.task)})",
+        "",
+        "prompt",
+        *(f"  {printable(line)}" for line in row.prompt.splitlines()),
+        "answer",
+        *(f"  {printable(line)}" for line in row.answer.splitlines()),
+        "",
+        f"the teacher's {top} most likely next tokens before each answer token, at temperature {temperature:g}"
+        + ("" if reader.manifest.store_ids else " (this cache keeps no token ids)"),
+        "",
+    ]
+    header = f"{'t':>4}  {_cell('answer token')}" + "".join(_cell(f"rank {rank}", 7) for rank in range(top))
+    lines.append((header + f"outside top {reader.manifest.top_k}").rstrip())
+    lines += [_position_line(row, t, vocabulary, temperature, top) for t in range(len(row.answer_ids))]
+    return "\n".join(lines)
+
+
+def _position_line(row: CacheRow, t: int, vocabulary: Sequence[str | None], temperature: float, top: int) -> str:
+    answer_id = int(row.answer_ids[t])
+    line = f"{t:>4}  {_cell(_token(answer_id, vocabulary))}"
+    if row.status[t] != Status.USABLE:
+        return f"{line}not usable: {Status(row.status[t]).reason}"
+    probability_K = np.exp(row.logits[t, :top].astype(np.float64) / temperature - row.logsumexp[t, 0])
+    for rank, probability in enumerate(probability_K):
+        text = mark = ""
+        if row.token_ids is not None:
+            candidate = int(row.token_ids[t, rank])
+            text, mark = _token(candidate, vocabulary), "*" if candidate == answer_id else ""
+        line += f"{probability:6.3f}{mark:1}" + _cell(text)
+    tail = 0.0 if row.log_tail is None else float(np.exp(np.float64(row.log_tail[t, 0]) - row.logsumexp[t, 0]))
+    return f"{line}{tail:.2g}"
+
+
+def _token(token: int, vocabulary: Sequence[str | None]) -> str:
+    text = vocabulary[token]  # the reader has checked the range
+    return f"<{token}>" if text is None else repr(text)[1:-1].replace(" ", "␣")
+
+
+def _cell(text: str, extra: int = 0) -> str:
+    width = COLUMN_CHARACTERS + extra
+    return (text if len(text) < width else text[: width - 2] + "…").ljust(width)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, with which a cache could drive it, are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,159 @@
+"""Checking a cache, every byte and every invariant. Called by `python -m cache_schema verify`, and after a copy.
+
+A bad shard does not end the check: all bad ones are named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache_schema.check import problem_of
+from cache_schema.errors import CacheError, CorruptShard, DamagedDocument, UnknownVersion
+from cache_schema.layout import Layout
+from cache_schema.manifest import Manifest, load_vocabulary
+from cache_schema.record import CommitRecord, Seal, Totals
+from cache_schema.schema import ALL, CacheRow, Status
+from cache_schema.shard import ShardFile
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: with a shard, or with the cache as a whole when `shard` is None."""
+
+    shard: int | None
+    file: str  # relative to the cache
+    what: str
+
+    def __str__(self) -> str:
+        shard = "" if self.shard is None else f"shard {self.shard}, "
+        return f"{shard}{self.file}: {self.what}"
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found. `good` means that everything committed is sound; `complete` that nothing is missing."""
+
+    root: Path
+    manifest: Manifest
+    sealed: bool = False
+    records: list[CommitRecord] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)  # shards without a commit record
+    orphans: list[str] = field(default_factory=list)  # data files that no record names: harmless, swept when sealed
+
+    @property
+    def good(self) -> bool:
+        """Nothing that was committed is damaged."""
+        return not self.problems
+
+    @property
+    def complete(self) -> bool:
+        """Sealed, so nothing is missing."""
+        return self.sealed
+
+    @property
+    def totals(self) -> Totals:
+        """The ledgers, from the commit records."""
+        return Totals.of(self.records, self.manifest)
+
+
+def verify(cache_dir: Path, on_shard: Callable[[int, int], None] = lambda done, of: None) -> VerifyReport:
+    """Check everything in a cache, complete or not.
+
+    on_shard: called with the number of shards checked and to check. Raises CacheError when there is no cache, or when
+    its manifest is damaged so that nothing else has a meaning.
+    """
+    root = Path(cache_dir).absolute()
+    manifest = Manifest.load(root)
+    report = VerifyReport(root, manifest)
+    records = _records(report)
+    seen: dict[tuple[str, str], int] = {}
+    for done, (shard, record) in enumerate(sorted(records.items()), start=1):
+        try:
+            _check_shard(root, record, manifest, seen)
+        except CorruptShard as error:
+            report.problems.append(Problem(shard, f"shards/{record.file}", error.what))
+        on_shard(done, len(records))
+    try:
+        load_vocabulary(root, manifest)
+    except DamagedDocument as error:
+        report.problems.append(Problem(None, "vocabulary.json", _first_line(error)))
+    report.records = [records[shard] for shard in sorted(records)]
+    ledgers = report.totals
+    for name, ledger in (("examples", ledgers.examples), ("positions", ledgers.positions)):
+        if not ledger.reconciles:
+            report.problems.append(Problem(None, "shards", f"the ledger of {name} does not reconcile: {ledger}"))
+    return report
+
+
+def _records(report: VerifyReport) -> dict[int, CommitRecord]:
+    """All readable records by shard; what is wrong with the others goes into the report."""
+    root, manifest, layout = report.root, report.manifest, Layout(report.root)
+    records: dict[int, CommitRecord] = {}
+    recorded = layout.recorded()
+    for shard in recorded:
+        try:
+            records[shard] = CommitRecord.load(root, shard, manifest)
+        except (DamagedDocument, UnknownVersion) as error:
+            report.problems.append(Problem(shard, f"shards/{shard:05d}.json", _first_line(error)))
+        except FileNotFoundError:  # removed since the listing, or a link to nothing
+            report.problems.append(Problem(shard, f"shards/{shard:05d}.json", "it cannot be opened"))
+    try:
+        report.sealed = True
+        for record in Seal.load(root, manifest).records:
+            if record.shard not in recorded:
+                report.problems.append(
+                    Problem(record.shard, f"shards/{record.shard:05d}.json", "the commit record is gone")
+                )
+            elif record.shard in records and records[record.shard] != record:
+                report.problems.append(
+                    Problem(record.shard, "sealed.json", "the seal and the commit record do not agree")
+                )
+            records[record.shard] = record
+    except FileNotFoundError:
+        report.sealed = False
+    except (DamagedDocument, UnknownVersion) as error:
+        report.problems.append(Problem(None, "sealed.json", _first_line(error)))
+    report.missing = sorted(set(range(manifest.shards)) - set(recorded) - set(records))
+    committed = {record.file for record in records.values()}
+    report.orphans = [path.name for _, path in layout.data_files() if path.name not in committed]
+    return records
+
+
+def _first_line(error: CacheError) -> str:
+    return error.what if isinstance(error, DamagedDocument) else str(error).splitlines()[0]
+
+
+def _check_shard(root: Path, record: CommitRecord, manifest: Manifest, seen: dict[tuple[str, str], int]) -> None:
+    """Raise CorruptShard unless the data file is exactly what its record says and every row is sound."""
+    shard = ShardFile(Layout(root).shards / record.file, record, manifest)
+    with shard.reading(), shard.path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != record.sha256:
+        raise shard.corrupt(f"its SHA-256 is {found}, its commit record says {record.sha256}")
+    codes: Counter[int] = Counter()
+    number = 0
+    for index in range(len(shard.group_rows)):
+        group = shard.group(index, ALL)
+        for i in range(len(group)):
+            with shard.reading():
+                row = group.row(i)
+            assert isinstance(row, CacheRow)
+            where = f"row {number} (example {row.example_id!r})"
+            problem = problem_of(row, manifest, decoded=True)
+            if problem is not None:
+                raise shard.corrupt(f"{where}: {problem}")
+            elsewhere = seen.setdefault((row.task, row.example_id), record.shard)
+            if elsewhere != record.shard:
+                raise shard.corrupt(f"{where} is in shard {elsewhere} as well")
+            codes.update(row.status.tolist())
+            number += 1
+    if codes.total() != record.positions:
+        raise shard.corrupt(f"it has {codes.total()} positions, its commit record says {record.positions}")
+    reasons = {Status(code).reason: n for code, n in codes.items() if code}
+    if reasons != record.quarantined_positions:
+        raise shard.corrupt(f"unusable positions {reasons}, its commit record says {record.quarantined_positions}")
