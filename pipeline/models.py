@@ -109,10 +109,11 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def vocabulary(tokenizer: Any, size: int) -> list[str | None]:
-    """id -> the text of that token alone, for people; None for ids that no token has."""
-    texts: list[str | None] = [None] * max(size, len(tokenizer))
-    for ids in tokenizer.get_vocab().values():
-        texts[ids] = tokenizer.decode([ids], clean_up_tokenization_spaces=False)
+    """id -> the text of that token alone, for people; `size` long, None for ids that no token has."""
+    texts: list[str | None] = [None] * size
+    for token_id in tokenizer.get_vocab().values():
+        if token_id < size:
+            texts[token_id] = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     return texts
 
 
@@ -132,6 +133,9 @@ def load_causal_lm(source: ModelSource, dtype: str, quantization: str, device: t
     Raises ModelError where the folder is no causal model or has no safetensors.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if quantization == "nf4":
@@ -144,7 +148,7 @@ def load_causal_lm(source: ModelSource, dtype: str, quantization: str, device: t
         )
         options["device_map"] = {"": str(device)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             revision=source.revision,
             use_safetensors=True,
@@ -197,7 +201,7 @@ def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
 
     bfloat16 logits near 20 are only good to 0.06; the answer rows are few, so their head is exact instead.
     """
-    _, head = body_and_head(model)
+    head: Any = body_and_head(model)[1]
     weight_VH = head.weight.detach().float()
     bias_V = head.bias.detach().float() if getattr(head, "bias", None) is not None else None
 
@@ -216,7 +220,7 @@ def provenance() -> dict[str, str]:
         "host": platform.node(),
         "device": device,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
 

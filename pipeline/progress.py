@@ -8,7 +8,7 @@ from tqdm import tqdm
 _LINE_EVERY_S = 10.0
 
 
-class Progress(tqdm):
+class Progress(tqdm):  # type: ignore[type-arg]
     """tqdm with a note: on a terminal one line is redrawn, elsewhere a line is written every 10 s.
 
     total: units of work in all; done: units there already at the start (they do not count into the rate).

@@ -211,7 +211,7 @@ def _split(chunks: Sequence[TopK], lengths: Sequence[int]) -> list[TopK]:
     """Row chunks of a batch, regrouped by sequence."""
 
     def whole(name: str) -> tuple[torch.Tensor, ...]:
-        return torch.cat([getattr(chunk, name) for chunk in chunks]).split(list(lengths))
+        return tuple(torch.cat([getattr(chunk, name) for chunk in chunks]).split(list(lengths)))
 
     fields = [whole(name) for name in ("logits_NK", "token_ids_NK", "logsumexp_NT")]
     tails: Sequence[torch.Tensor | None] = [None] * len(lengths)

@@ -66,7 +66,7 @@ class CausalTeacher:
         self.rows_per_chunk = max(16, 2**25 // self.vocab_size)
         self._context: tuple[tuple[int, ...], list[tuple[Tensor, Tensor]]] = ((), [])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer_logits(self, batch: Sequence[TeacherInput], context_ids: Sequence[int]) -> Iterator[Tensor]:
         """See Teacher."""
         skipped = len(context_ids)
@@ -84,7 +84,7 @@ class CausalTeacher:
         from transformers import DynamicCache
 
         if self._context[0] != tuple(context_ids):
-            cache = DynamicCache()
+            cache: Any = DynamicCache()
             self.body(
                 input_ids=torch.tensor([list(context_ids)], device=self.device), past_key_values=cache, use_cache=True
             )

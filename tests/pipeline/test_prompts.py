@@ -1,0 +1,127 @@
+"""The one prompt builder: layouts, places, offsets, switches and the token that ends an answer."""
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import ModelError
+from pipeline.prompts import PromptBuilder
+from pipeline.tasks import Example
+
+SHOTS = (Example("s/1", "gsm8k", "1 + 1?", "Two.\n#### 2"), Example("s/2", "gsm8k", "2 + 3?", "Five.\n#### 5"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return PromptBuilder(toys.tiny_tokenizer(tmp_path_factory.mktemp("plain")))
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return PromptBuilder(toys.tiny_tokenizer(tmp_path_factory.mktemp("chat"), chat=True), thinking=False)
+
+
+def test_plain_layout_is_prompt_space_answer_eos(plain):
+    tokenizer = plain.tokenizer
+    encoded = plain.encode("Why?", "Because.", SHOTS[:1])
+    parts = ["1 + 1?", " Two.\n#### 2", "<|eos|>", "Why?", " Because.", "<|eos|>"]
+    assert encoded.input_ids == [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    assert tokenizer.decode(encoded.input_ids[encoded.answer_start :]) == " Because.<|eos|>"
+
+
+def test_chat_layout_ends_every_answer_with_the_turns_end(chat):
+    encoded = chat.encode("Why?", "Because.", SHOTS)
+    text = chat.tokenizer.decode(encoded.input_ids)
+    assert text == (
+        "<|start|>user\n1 + 1?<|end|>\n<|start|>assistant\nTwo.\n#### 2<|end|>\n"
+        "<|start|>user\n2 + 3?<|end|>\n<|start|>assistant\nFive.\n#### 5<|end|>\n"
+        "<|start|>user\nWhy?<|end|>\n<|start|>assistant\n<think>\n\n</think>\n\nBecause.<|end|>"
+    )
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end_id) == "<|end|>"
+    assert chat.tokenizer.eos_token == "<|eos|>"  # another token, which ends no turn
+
+
+def test_answer_ids_do_not_depend_on_what_stands_before(plain, chat):
+    for builder in (plain, chat):
+        alone = builder.encode("Why?", "Because.\n#### 7")
+        behind = builder.encode("Why?", "Because.\n#### 7", SHOTS)
+        assert alone.answer_ids == behind.answer_ids
+        assert alone.answer_offsets == behind.answer_offsets
+        assert behind.input_ids[-len(alone.answer_ids) :] == alone.answer_ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(answer=st.text(st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1, max_size=40))
+def test_offsets_cover_the_answer_and_end_with_its_length(plain, chat, answer):
+    for builder in (plain, chat):
+        encoded = builder.encode("?", answer)
+        offsets = encoded.answer_offsets
+        assert len(offsets) == len(encoded.answer_ids)
+        assert offsets[-1] == (len(answer), len(answer))
+        assert all(0 <= start <= end <= len(answer) for start, end in offsets)
+        assert all(a[1] <= b[1] for a, b in pairwise(offsets))
+        assert max(end for _, end in offsets) == len(answer)
+
+
+def test_a_split_character_has_one_boundary(plain):
+    encoded = plain.encode("?", "é😀")  # bytes the toy vocabulary has no merge for
+    ends = [end for _, end in encoded.answer_offsets]
+    assert ends.count(2) > 1  # the emoji's bytes share their end; only the last of them is a boundary
+
+
+def test_text_stops_at_the_end_and_drops_special_tokens(plain):
+    ids = plain.encode("?", "It is 4.").answer_ids
+    assert plain.text([*ids, *ids]) == "It is 4."
+
+
+def test_a_template_that_ignores_the_switch_is_refused_when_asked_for(tmp_path):
+    tokenizer = toys.tiny_tokenizer(tmp_path, chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("enable_thinking", "other_switch")
+    with pytest.raises(ModelError, match=r"ignores enable_thinking.*teacher\.thinking=null"):
+        PromptBuilder(tokenizer, thinking=False)
+    assert PromptBuilder(tokenizer, thinking=None).thinking is None
+    assert PromptBuilder(tokenizer, thinking=False, require_switch=False).thinking is None
+
+
+def test_no_template_no_switch(plain):
+    with pytest.raises(ModelError, match="no chat template"):
+        PromptBuilder(plain.tokenizer, thinking=False)
+
+
+def test_thinking_changes_the_prompt_and_only_the_prompt(tmp_path):
+    tokenizer = toys.tiny_tokenizer(tmp_path, chat=True)
+    off, on = (PromptBuilder(tokenizer, thinking=switch) for switch in (False, True))
+    assert off.prompt_ids("Why?") != on.prompt_ids("Why?")
+    assert off.encode("Why?", "So.").answer_ids == on.encode("Why?", "So.").answer_ids
+
+
+def test_without_an_end_of_sequence_there_is_nothing_to_learn(plain, tmp_path):
+    tokenizer = toys.tiny_tokenizer(tmp_path)
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no end-of-sequence"):
+        PromptBuilder(tokenizer)
+
+
+def _data(name):
+    folder = os.environ.get("LOGITBANK_DATA")
+    if not folder:
+        pytest.skip("LOGITBANK_DATA is not set: no real tokenizers here")
+    return Path(folder) / "tokenizers" / name
+
+
+def test_qwen_closes_turns_with_im_end_although_eos_is_endoftext():
+    from pipeline.models import ModelSource, load_tokenizer
+
+    tokenizer = load_tokenizer(ModelSource(str(_data("qwen")), None))
+    builder = PromptBuilder(tokenizer)
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.convert_ids_to_tokens(builder.end_id) == "<|im_end|>"
+    with pytest.raises(ModelError, match="ignores enable_thinking"):
+        PromptBuilder(tokenizer, thinking=False)
+    encoded = builder.encode("What is 6 times 7?", "#### 42", SHOTS)
+    assert tokenizer.decode(encoded.input_ids).endswith("<|im_start|>assistant\n#### 42<|im_end|>")
