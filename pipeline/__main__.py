@@ -93,7 +93,7 @@ def _status(args: argparse.Namespace) -> int:
     try:
         reader = CacheReader.open(experiment.cache_dir, expect=experiment.identity, require_sealed=False)
         state = "sealed" if reader.sealed else f"{len(reader.records)} of {reader.manifest.shards} shards"
-        print(f"cache    {experiment.cache_dir}: {state}; {reader.totals().examples}")
+        print(f"cache    {experiment.cache_dir}: {state}; examples {reader.totals().examples}")
     except NotACache:
         print(f"cache    {experiment.cache_dir}: not there yet")
     for student in recipe.students:

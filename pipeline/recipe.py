@@ -124,7 +124,7 @@ class Student(Section):
 class Train(Section):
     """Stage 2. A step is an optimizer step on `batch_size` examples, whatever the number of processes."""
 
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, description="optimizer steps")
     batch_size: int = Field(32, ge=1, description="examples in a step, over all processes")
     micro_batch_size: int = Field(8, ge=1, description="examples in one forward pass of one process")
     lr: float = Field(2.0e-4, gt=0, description="peak learning rate")
@@ -162,9 +162,11 @@ class Eval(Section):
     """Stage 3. Changes no cached number and no adapter."""
 
     engine: Literal["hf", "vllm"] = Field("hf", description="what generates")
-    splits: list[Literal["train", "validation", "test"]] = Field(["test"], min_length=1)
-    baselines: list[Literal["zero_shot", "few_shot"]] = Field(["zero_shot", "few_shot"])
-    max_new_tokens: int = Field(400, ge=1)
+    splits: list[Literal["train", "validation", "test"]] = Field(["test"], min_length=1, description="what is scored")
+    baselines: list[Literal["zero_shot", "few_shot"]] = Field(
+        ["zero_shot", "few_shot"], description="the untouched student, without and with the worked examples"
+    )
+    max_new_tokens: int = Field(400, ge=1, description="where a generation is cut; such answers are counted")
     batch_size: int = Field(64, ge=1, description="prompts generated together (hf)")
     curve_limit: int | None = Field(
         None,
@@ -183,7 +185,7 @@ class Runtime(Section):
     python: dict[Literal["stage1_teacher", "stage2_student", "stage3_eval"], str] = Field(
         {}, description="another interpreter for a stage (vLLM in an environment of its own)"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     batch_tokens: int = Field(
         16384, ge=1, description="stage 1: padded tokens in a batch, the shared context not counted"
     )
@@ -193,7 +195,7 @@ class Runtime(Section):
 class Recipe(Section):
     """One experiment."""
 
-    name: Name
+    name: Name = Field(description="names the run folder and the cache")
     data: Data
     teacher: Teacher
     cache: Cache = Cache()

@@ -126,7 +126,7 @@ def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:
 def _summary(reader: CacheReader) -> str:
     totals = reader.totals()
     return (
-        f"{totals.examples}; {totals.positions}; "
+        f"examples {totals.examples}; positions {totals.positions}; "
         f"{totals.bytes / 1e6:,.1f} MB, {totals.bytes_per_position:.1f} bytes per position"
     )
 

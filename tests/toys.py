@@ -5,15 +5,17 @@
     toys.tiny_qwen3(folder, vocab_size=320)           # Qwen3 architecture, random weights from a seed
     path = toys.tiny_recipe(tmp_path, train={"steps": 3}, cache={"top_k": 8})
     recipe = load_recipe(str(path))                   # its model and its rows are already on disk
+    toys.fill_cache(recipe)                           # its cache, from the plain forward pass
 
 Only a folder's content depends on the arguments, so two calls with the same ones give the same bytes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gus", "Hana")
@@ -145,6 +147,94 @@ def tiny_recipe(tmp_path: Path, **overrides: Any) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(_merged(tree, overrides), sort_keys=False), encoding="utf-8")
     return path
+
+
+def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Path:
+    """Make and seal a recipe's cache from its teacher's plain forward pass, one unpadded example at a time; its folder.
+
+    An independent reference: nothing of stage 1 is used. Row t is read one place before answer token t. `edit` may
+    change a CacheRow before it is written, or put a QuarantinedExample in its place.
+    """
+    import torch
+
+    from cache_schema.manifest import Manifest, vocabulary_sha256
+    from cache_schema.schema import CacheRow
+    from cache_schema.writer import CacheWriter
+    from pipeline.fingerprint import Experiment
+    from pipeline.models import load_causal_lm, vocabulary
+
+    experiment, cache = Experiment(recipe), recipe.cache
+    model = load_causal_lm(experiment.teacher_source, recipe.teacher.dtype, "none", torch.device("cpu"))
+    texts = vocabulary(experiment.teacher_tokenizer, model.config.vocab_size)
+    examples = experiment.training_set.cached
+    manifest = Manifest.create(
+        identity=experiment.identity,
+        provenance={"recipe": recipe.name},
+        top_k=cache.top_k,
+        vocab_size=model.config.vocab_size,
+        temperatures=cache.temperatures,
+        step=cache.step,
+        store_ids=cache.store_ids,
+        examples=len(examples),
+        shard_examples=cache.shard_examples,
+        vocabulary_sha256=vocabulary_sha256(texts),
+    )
+    writer = CacheWriter.open(experiment.cache_dir, manifest, texts)
+    rows = []
+    for example in examples:
+        shots = experiment.training_set.shots.of(example)
+        encoded = experiment.teacher_prompts.encode(example.prompt, example.answer, shots)
+        logits_NV = answer_logits(model, encoded.input_ids, encoded.answer_start)
+        row = CacheRow(
+            example_id=example.id,
+            task=example.task,
+            prompt=example.prompt,
+            answer=example.answer,
+            answer_ids=np.array(encoded.answer_ids, np.int32),
+            answer_start=encoded.answer_start,
+            answer_offsets=np.array(encoded.answer_offsets, np.int32),
+            status=np.zeros(len(logits_NV), np.uint8),
+            **top_k(logits_NV, cache.top_k, cache.temperatures),
+        )
+        rows.append(edit(row))
+    for shard in writer.missing():
+        planned = [rows[i] for i in manifest.examples_of(shard)]
+        kept = [row for row in planned if isinstance(row, CacheRow)]
+        writer.commit(shard, kept, [row for row in planned if not isinstance(row, CacheRow)], {})
+    writer.seal()
+    return experiment.cache_dir
+
+
+def answer_logits(model: Any, input_ids: list[int], answer_start: int) -> Any:
+    """float32 numpy [N, V]: what a model says of each answer token, the body in its own dtype, the head in float32."""
+    import torch
+
+    with torch.no_grad():
+        hidden_NH = model.base_model(input_ids=torch.tensor([input_ids])).last_hidden_state[0, answer_start - 1 : -1]
+        return (hidden_NH.float() @ model.get_output_embeddings().weight.float().T).numpy()
+
+
+def top_k(logits_NV: Any, k: int, temperatures: Sequence[float]) -> dict[str, Any]:
+    """The cached numbers of full logits, summed in float64; equal logits go by lower id."""
+    ids_NK = np.argsort(-logits_NV, axis=1, kind="stable")[:, :k]
+    logits_NK = np.take_along_axis(logits_NV, ids_NK, 1)
+    exact_NV = logits_NV.astype(np.float64)
+    outside_NV = exact_NV.copy()
+    np.put_along_axis(outside_NV, ids_NK, -np.inf, 1)
+
+    def log_sums(values_NV: Any) -> Any:
+        scaled = [values_NV / t for t in temperatures]
+        tops = [s.max(1, keepdims=True) for s in scaled]
+        sums = [np.log(np.exp(s - top).sum(1)) + top[:, 0] for s, top in zip(scaled, tops, strict=True)]
+        return np.stack(sums, 1).astype(np.float32)
+
+    return {
+        "top_logit": logits_NK[:, 0].copy(),
+        "logits": logits_NK,
+        "token_ids": ids_NK.astype(np.int32),
+        "logsumexp": log_sums(exact_NV),
+        "log_tail": log_sums(outside_NV) if k < logits_NV.shape[1] else None,
+    }
 
 
 def _merged(tree: Mapping[str, Any], overrides: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:

@@ -1,50 +1,49 @@
-"""Numbers in answers: found strictly or flexibly, compared as decimals. Shared by the arithmetic tasks; no task itself.
+"""Reading the number out of a worked answer, and comparing it as a decimal.
 
-The two ways to find an answer are those of lm-evaluation-harness' gsm8k task, reported apart. They differ from it on
-purpose in what counts as the same number: `18.00` is 18, `#### $18` is read, and a text such as `..` is no number.
+Called by the tasks whose answers end `#### n` (`gsm8k`, `pocket_math`).
+
+Two readings, reported apart. *Strict* takes the number after the first `####`: a model that stops at end-of-sequence
+writes the mark once, and one that runs on (into a question of its own, say) is judged by its first answer, as
+lm-evaluation-harness does. *Flexible* takes the last number of the text, whatever stands around it. Both forgive what
+changes no value: thousands commas, `$`, a closing full stop, `18.00` for 18.
 """
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
-_STRICT = re.compile(r"####\s*([-+]?\s?\$?\s?-?[0-9.,]+)")
-_FLEXIBLE = re.compile(r"[-+]?\$?-?\d[\d,]*(?:\.\d+)?|[-+]?\$?\.\d+")
+_MARKED = re.compile(r"####[^\S\n]*([-+]?[^\S\n]*\$?[^\S\n]*[-+]?[0-9.,]+)")
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_ANYWHERE = re.compile(rf"(?:(?<![0-9)])-\$?|\$-)?(?:{_DIGITS}(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)")
+_WRITTEN = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The decimal that `text` writes, without `$`, thousands commas, spaces or a trailing period; None if it is none."""
-    bare = text.replace("$", "").replace(",", "").replace(" ", "").rstrip(".")
-    try:
-        value = Decimal(bare)
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
+    """The value of a written number (`-1,234.50`, `$18`, `18.`, `.5`), or None if `text` is not one number."""
+    bare = re.sub(r"[\s,$]", "", text).removesuffix(".")
+    return Decimal(bare) if _WRITTEN.fullmatch(bare) else None
 
 
 def extract_strict(text: str) -> Decimal | None:
-    """The number behind the first `####`; None where there is no such mark or no number behind it.
-
-    The first, since a model ends its answer there: what follows would be another problem that it went on to invent.
-    """
-    match = _STRICT.search(text)
-    return parse_number(match[1]) if match else None
+    """The number after the first `####`, on the same line; None where there is no mark or no number follows it."""
+    found = _MARKED.search(text) if "####" in text else None
+    if found is None or text.find("####") != found.start():
+        return None
+    return parse_number(found.group(1))
 
 
 def extract_flexible(text: str) -> Decimal | None:
-    """The last number anywhere in the text; None where there is none."""
-    found = _FLEXIBLE.findall(text)
+    """The last number anywhere in the text, or None where there is none. A minus counts unless it subtracts (`7-3`)."""
+    found = _ANYWHERE.findall(text)
     return parse_number(found[-1]) if found else None
 
 
-def score_number(prediction: str, gold: str) -> dict[str, float | None]:
-    """1.0 where the prediction's number equals the gold answer's, 0.0 where not, None where it has none.
+def score_number(prediction: str, answer: str) -> dict[str, float | None]:
+    """`strict` and `flexible`: 1 where the prediction's number equals the answer's, 0 where not, None where it has none.
 
-    Raises ValueError when the gold answer itself has no `#### n` mark.
+    Raises ValueError if `answer`, the reference, has no strict number: then the data is at fault, not the prediction.
     """
-    expected = extract_strict(gold)
+    expected = extract_strict(answer)
     if expected is None:
-        raise ValueError(f"the gold answer has no '#### n': {gold!r}")
-    scores: dict[str, float | None] = {}
-    for name, found in (("strict", extract_strict(prediction)), ("flexible", extract_flexible(prediction))):
-        scores[name] = None if found is None else float(found == expected)
-    return scores
+        raise ValueError(f"the reference answer has no number after ####: {answer[-80:]!r}")
+    found = {"strict": extract_strict(prediction), "flexible": extract_flexible(prediction)}
+    return {name: None if value is None else float(value == expected) for name, value in found.items()}

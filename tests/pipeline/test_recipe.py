@@ -1,0 +1,105 @@
+"""Recipes are strict: what is wrong is named, with what was found and what was expected."""
+
+import pytest
+import toys
+import yaml
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import Recipe, describe_keys, load_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_built_in_recipe_passes_its_own_check(name):
+    assert load_recipe(name).name == name
+
+
+def test_the_published_settings_are_in_the_recipe():
+    recipe = load_recipe("gsm8k-qwen3")
+    assert (recipe.teacher.model, recipe.teacher.shots, recipe.teacher.thinking) == ("Qwen/Qwen3-1.7B", 8, False)
+    assert (recipe.cache.top_k, recipe.arms["distill"].ce, recipe.arms["distill"].logit_mse) == (256, 1.0, 0.5)
+    train = recipe.train
+    assert (train.steps, train.batch_size, train.lr, train.save_every) == (1000, 32, 2e-4, 200)
+    lora = recipe.students["qwen3"].lora
+    assert (lora.r, lora.alpha, recipe.students["qwen3"].dtype) == (16, 32, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", r"train: unknown key 'lrr'\. Did you mean 'lr'\?"),
+        ("trian.lr=1", r"unknown key 'trian'\. Did you mean 'train'\?"),
+        ("arms.distill.logit_mes=0.5", r"arms\.distill: unknown key 'logit_mes'\. Did you mean 'logit_mse'\?"),
+        ("students.toy.lora.rank=8", r"students\.toy\.lora: unknown key 'rank'"),
+        ("train.steps=many", r"train\.steps: .*valid integer; found 'many'"),
+        ("train.steps=10.5", r"train\.steps: .*found 10\.5"),
+        ("train.steps=true", r"train\.steps: .*found True"),
+        ("train.steps=0", r"train\.steps: .*greater than or equal to 1; found 0"),
+        ("cache.step=0.3", "step 0.3 is not a power of two"),
+        ("teacher.dtype=int8", r"teacher\.dtype: .*found 'int8'"),
+        ("arms.zero_shot={ce: 1.0}", "this name is a baseline's"),
+        ("arms.idle={}", "needs a loss with a weight above zero"),
+        ("arms.hot={kl: 1.0, temperature: 2.0}", r"temperature is 2\.0, but the cache holds .*\[1\.0\]"),
+        ("cache.store_ids=false", "need token ids; set cache.store_ids=true"),
+        ("eval.select=held_out", "data.held_out is 0"),
+        ("teacher.shots=0", "few_shot, but teacher.shots is 0"),
+        ("name=../elsewhere", r"name: .*found '\.\./elsewhere'"),
+        ("train.lr", "expected key=value"),
+        ("train.lr.x=1", "is a value, not a section"),
+        ("train.lr=[", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, override, words):
+    path = toys.tiny_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(str(path), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.lr=1e-4", "lr", 1e-4),
+        ("train.lr=2", "lr", 2.0),
+        ("train.lr=.5", "lr", 0.5),
+        ("train.schedule=linear", "schedule", "linear"),
+    ],
+)
+def test_overrides_pass_through_the_same_check(tmp_path, override, key, value):
+    recipe = load_recipe(str(toys.tiny_recipe(tmp_path)), [override])
+    assert getattr(recipe.train, key) == value
+
+
+def test_missing_sections_and_files(tmp_path):
+    with pytest.raises(RecipeError, match=r"unknown recipe 'gsm8k-qwen'\. Did you mean 'gsm8k-qwen3'"):
+        load_recipe("gsm8k-qwen")
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(RecipeError, match="is a folder"):
+        load_recipe(str(tmp_path / "folder.yaml"))
+    (tmp_path / "bare.yaml").write_text("name: bare\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="teacher: required, but not given"):
+        load_recipe(str(tmp_path / "bare.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="expected a mapping"):
+        load_recipe(str(tmp_path / "list.yaml"))
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: a\nname: b\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="'name' is given twice"):
+        load_recipe(str(path))
+
+
+def test_a_recipe_written_out_reads_back_the_same(tmp_path):
+    recipe = load_recipe(str(toys.tiny_recipe(tmp_path)))
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    assert load_recipe(str(path)) == recipe
+
+
+def test_every_key_is_documented():
+    undocumented = [key for key, _, _, meaning in describe_keys() if not meaning]
+    assert not undocumented
+    assert len(describe_keys()) > 50
+    assert Recipe.model_config["extra"] == "forbid"
