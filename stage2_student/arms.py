@@ -1,0 +1,133 @@
+"""What there is to do, and whether a run folder may be gone on with. Called by `__main__`; loads no model.
+
+An arm's identity is everything that decides its adapter. It is written to `arm.json` when training starts; a run with
+another identity is refused there, never mixed. How many processes share the work, in which micro-batches and on which
+device, changes sums by rounding only and is provenance: kept in each checkpoint's state.json.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cache_schema.manifest import differences
+from pipeline.errors import ModelError, RunError, unknown_name
+from pipeline.fingerprint import Experiment
+from pipeline.models import ModelSource, load_tokenizer, locate, tokenizer_digest
+from pipeline.prompts import PromptBuilder
+from pipeline.run_dir import ArmDir, RunDir
+from stage2_student.checkpoint import complete_steps, storage_errors, write_whole
+from stage2_student.order import BLOCK, WINDOW
+
+PROVENANCE = {"micro_batch_size"}  # the keys of `train` that are no part of an arm's identity
+
+
+@dataclass(frozen=True)
+class StudentPlan:
+    """A student as far as it can be known without loading its weights."""
+
+    name: str
+    source: ModelSource
+    prompts: PromptBuilder
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """One arm of one student: its identity, its folder, and how many steps a complete checkpoint has already."""
+
+    student: StudentPlan
+    name: str
+    identity: dict[str, Any]
+    folder: ArmDir
+    done: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.student.name}/{self.name}"
+
+
+def plan(experiment: Experiment, student: str | None = None, arm: str | None = None) -> list[ArmPlan]:
+    """The arms asked for, in the recipe's order.
+
+    Raises RecipeError for an unknown name, RunError where a folder holds an arm that was trained with other settings.
+    """
+    recipe, run_dir = experiment.recipe, RunDir.of(experiment.recipe)
+    plans = []
+    for student_name in _chosen("student", student, recipe.students):
+        settings = recipe.students[student_name]
+        if settings.dtype == "float16":
+            raise ModelError(
+                f"students.{student_name}.dtype is float16, whose gradients underflow without loss scaling; "
+                "set it to bfloat16 or float32"
+            )
+        source = locate(settings.model, settings.revision)
+        prompts = PromptBuilder(load_tokenizer(source), recipe.teacher.thinking, require_switch=False)
+        student_plan = StudentPlan(student_name, source, prompts)
+        for arm_name in _chosen("arm", arm, recipe.arms):
+            folder = run_dir.arm(student_name, arm_name)
+            identity = arm_identity(experiment, student_plan, arm_name)
+            _check_identity(folder, identity)
+            steps = complete_steps(folder.checkpoints)
+            plans.append(ArmPlan(student_plan, arm_name, identity, folder, steps[-1] if steps else 0))
+    return plans
+
+
+def arm_identity(experiment: Experiment, student: StudentPlan, arm: str) -> dict[str, Any]:
+    """Everything that decides an arm's adapter, as plain JSON."""
+    recipe = experiment.recipe
+    settings, weights = recipe.students[student.name], recipe.arms[arm]
+    return {
+        "cache": experiment.fingerprint,
+        "student": {
+            "weights": student.source.identity(),
+            "dtype": settings.dtype,
+            "lora": settings.lora.model_dump(mode="json"),
+            "tokenizer": {"sha256": tokenizer_digest(student.prompts.tokenizer), **student.prompts.describe()},
+        },
+        "train": recipe.train.model_dump(mode="json", exclude=PROVENANCE),
+        "order": {"block": BLOCK, "window": WINDOW},
+        "losses": weights.model_dump(mode="json", exclude=set() if weights.kl > 0 else {"temperature"}),
+    }
+
+
+def claim(arm: ArmPlan) -> None:
+    """Write arm.json where it is not there yet. Raises RunError when the folder cannot be written."""
+    if not arm.folder.identity.exists():
+        with storage_errors(arm.folder.root, f"starting {arm.label}"):
+            arm.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_whole(arm.folder.identity, json.dumps(arm.identity, indent=1) + "\n")
+
+
+def _check_identity(folder: ArmDir, identity: dict[str, Any]) -> None:
+    for path in (folder.root, folder.root.parent, folder.root.parent.parent, folder.checkpoints):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: found a file, expected a folder; move it away, or set run_dir=<folder>")
+    ways_out = (
+        f"Two ways out: train into another folder (--set run_dir=<folder>), or remove this arm (rm -r {folder.root}) "
+        "and train it again"
+    )
+    try:
+        found = json.loads(folder.identity.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if complete_steps(folder.checkpoints):
+            raise RunError(
+                f"{folder.root}: it has checkpoints but no arm.json that says of what.\n{ways_out}"
+            ) from None
+        return
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.identity}: it cannot be read: {error}.\n{ways_out}") from None
+    changed = differences(found, identity)
+    if changed:
+        lines = [f"  {d.field}: trained with {d.cached}, now asked for {d.asked}" for d in changed]
+        raise RunError(
+            "\n".join([f"{folder.root} holds an arm that was trained with other settings:", *lines, ways_out])
+        )
+
+
+def _chosen(kind: str, name: str | None, known: Iterable[str]) -> list[str]:
+    known = list(known)
+    if name is None:
+        return known
+    if name not in known:
+        raise RunError(f"--{kind} {name}: {unknown_name(kind, name, known)}")
+    return [name]

@@ -1,0 +1,68 @@
+"""The losses, as pure functions of one chunk of answer positions. Called by `train`; the formulas are the reference.
+
+Every function returns a *sum* over the chunk's valid positions, a float32 scalar. The caller divides by the global
+count of valid positions of that component (over micro-batches and processes), once: so neither the chunking, nor
+accumulation, nor the number of processes changes a loss, and each component keeps a denominator of its own.
+
+Row t of the teacher's arrays is the distribution that predicts answer token t, and so is row t of the student's
+logits. Numbers of a position whose mask is false are never read: they may be anything, NaN included.
+
+Shapes: N answer positions in the chunk, V the student's vocabulary, K the teacher's cached ranks. All float32.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Sum over positions of -log q(answer token), in nats; q = softmax(student logits).
+
+    Every answer position counts, also those that the teacher could not use: the text is known all the same.
+    """
+    return functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+
+
+def logit_mse(logits_NV: Tensor, teacher_NK: Tensor, ids_NK: Tensor, usable_N: Tensor) -> Tensor:
+    """Sum over positions of the mean over K of (teacher logit - student logit at the same vocabulary id)^2.
+
+    Logit regression (Ba and Caruana 2014, arXiv 1312.6184) on the teacher's K most likely ids. Units: squared logits.
+    It compares raw logits, so it also fixes the additive constant that a softmax does not see.
+    """
+    usable = usable_N.nonzero().squeeze(1)
+    student_NK = logits_NV[usable].gather(1, ids_NK[usable])
+    return (teacher_NK[usable] - student_NK).square().mean(1).sum()
+
+
+def kl(
+    logits_NV: Tensor,
+    teacher_NK: Tensor,
+    ids_NK: Tensor,
+    logsumexp_N: Tensor,
+    log_tail_N: Tensor | None,
+    usable_N: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Sum over positions of T^2 * KL(p || q), in nats, over K + 1 buckets: the teacher's top K ids and all the rest.
+
+        p_i    = exp(teacher_i / T - logsumexp)      i in the top K; logsumexp of teacher / T over the full vocabulary
+        p_tail = exp(log_tail - logsumexp)           log_tail: the same over the ids outside the top K
+        q      = softmax(student / T), q_tail its mass outside the same K ids, by logsumexp over the complement
+        KL     = sum_i p_i (log p_i - log q_i) + p_tail (log p_tail - log q_tail)
+
+    Never 1 - sum(p): the cached normalisers are exact, decoded logits are not. The bucket makes both sides
+    distributions over the same events, without which top-K distillation is biased (Anshumann et al. 2025,
+    arXiv 2503.16870). T^2 keeps the gradient's size across temperatures (Hinton et al. 2015, arXiv 1503.02531).
+    log_tail_N is None when K is the teacher's whole vocabulary; there is no tail bucket then.
+    """
+    usable = usable_N.nonzero().squeeze(1)
+    scaled_NV, ids_NK = logits_NV[usable] / temperature, ids_NK[usable]
+    log_z_N = scaled_NV.logsumexp(1)
+    log_p_NK = teacher_NK[usable] / temperature - logsumexp_N[usable, None]
+    log_q_NK = scaled_NV.gather(1, ids_NK) - log_z_N[:, None]
+    divergence_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(1)
+    if log_tail_N is not None:
+        log_p_tail_N = log_tail_N[usable] - logsumexp_N[usable]
+        log_q_tail_N = scaled_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1) - log_z_N
+        divergence_N = divergence_N + log_p_tail_N.exp() * (log_p_tail_N - log_q_tail_N)
+    return temperature**2 * divergence_N.sum()

@@ -1,0 +1,148 @@
+"""The student: a frozen base model with a LoRA adapter, taken apart into body and head. Called by `train`.
+
+Shapes: B examples, L padded input tokens, H hidden size, N answer positions of the batch, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ModelError, unknown_name
+from pipeline.models import ModelSource, body_and_head, check_head, load_causal_lm, window_of
+from pipeline.recipe import Student as StudentRecipe
+from stage2_student import losses
+from stage2_student.batches import Batch
+from stage2_student.order import seed_of
+
+CHUNK_LOGITS = 2**25  # elements of logits that exist at once: 128 MiB in float32, 220 positions at vocabulary 151,936
+
+
+class Student:
+    """The model of one student on one device. All arms of a student start from the same adapter (`reset`).
+
+    Raises ModelError for a model that cannot be taken apart, or adapter targets that do not exist or name the head.
+    """
+
+    def __init__(self, source: ModelSource, recipe: StudentRecipe, seed: int, device: torch.device) -> None:
+        base = load_causal_lm(source, recipe.dtype, "none", device)
+        self.window = window_of(base)
+        self.vocab_size = int(base.get_output_embeddings().weight.shape[0])
+        self.model = _with_adapter(base, recipe, seed_of("adapter", seed))
+        self.body, self.head = body_and_head(self.model)
+        check_head(self.model)
+        self.model.eval()  # the base's own dropout stays off; the adapter's is the recipe's
+        for module in self.model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout.train()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._initial = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @property
+    def parameter_count(self) -> int:
+        """Trainable numbers."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def reset(self) -> None:
+        """Put the adapter back to where every arm begins: B is zero, so the student is the base model."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self._initial[name])
+
+    def hidden_at_answers(self, batch: Batch) -> Tensor:
+        """hidden_NH in the model's dtype: row n is where the student predicts `labels_N[n]`."""
+        hidden_BLH: Tensor = self.body(
+            input_ids=batch.input_ids_BL,
+            attention_mask=batch.attention_mask_BL,
+            position_ids=batch.position_ids_BL,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_BLH.flatten(0, 1).index_select(0, batch.read_at_N)
+
+    def backward(
+        self,
+        batch: Batch,
+        weights: Mapping[str, float],
+        valid: Mapping[str, int],
+        temperature: float,
+        chunk_logits: int = CHUNK_LOGITS,
+    ) -> Tensor:
+        """Add this micro-batch's gradients to the adapter's; its part of each component's mean, in `weights` order.
+
+        weights: loss component -> weight. valid: component -> valid positions in the whole step, over micro-batches
+        and processes; each component is divided by its own.
+
+        Full-vocabulary logits exist for a chunk of positions at a time: head, losses and the way back to the hidden
+        states run chunk by chunk (the head is frozen, so nothing else needs them), then the body's backward runs once.
+        That computes the head once less than recomputing it with torch.utils.checkpoint would.
+        """
+        hidden_NH = self.hidden_at_answers(batch)
+        rows = max(1, chunk_logits // self.vocab_size)
+        sums = torch.zeros(len(weights), device=hidden_NH.device)
+        gradient_NH = torch.empty_like(hidden_NH)
+        for start in range(0, len(hidden_NH), rows):
+            chunk = slice(start, start + rows)
+            leaf_NH = hidden_NH[chunk].detach().requires_grad_()
+            logits_NV = self.head(leaf_NH).float()
+            parts = torch.stack([_sum(c, logits_NV, batch, chunk, temperature) / max(1, valid[c]) for c in weights])
+            (parts * parts.new_tensor(list(weights.values()))).sum().backward()  # type: ignore[no-untyped-call]
+            sums += parts.detach()
+            assert leaf_NH.grad is not None
+            gradient_NH[chunk] = leaf_NH.grad
+        hidden_NH.backward(gradient_NH)  # type: ignore[no-untyped-call]
+        return sums
+
+
+def _sum(component: str, logits_NV: Tensor, batch: Batch, chunk: slice, temperature: float) -> Tensor:
+    """One loss component over a chunk of the batch's answer positions."""
+    if component == "ce":
+        return losses.cross_entropy(logits_NV, batch.labels_N[chunk])
+    teacher = batch.teacher
+    assert teacher is not None, "the collator of this arm was told to read text alone"
+    ids_NK, usable_N, logits_NK = teacher.ids_NK[chunk], teacher.usable_N[chunk], teacher.logits_NK[chunk]
+    if component == "logit_mse":
+        return losses.logit_mse(logits_NV, logits_NK, ids_NK, usable_N)
+    assert component == "kl", component
+    tail_N = None if teacher.log_tail_N is None else teacher.log_tail_N[chunk]
+    return losses.kl(logits_NV, logits_NK, ids_NK, teacher.logsumexp_N[chunk], tail_N, usable_N, temperature)
+
+
+def _with_adapter(base: Any, recipe: StudentRecipe, seed: int) -> Any:
+    """The base with a LoRA adapter in float32 on it, drawn from `seed`: the same in every process and every arm."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = recipe.lora
+    targets = lora.targets if lora.targets == "all-linear" else _checked_targets(base, lora.targets)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )  # peft asks for it
+        torch.manual_seed(seed)
+        return get_peft_model(base, config)  # peft draws the adapter on the CPU, then moves it
+
+
+def _checked_targets(base: Any, targets: str | list[str]) -> list[str]:
+    """The adapter's module names; each exists and is not the head. (peft passes over a name that matches nothing.)"""
+    names = [targets] if isinstance(targets, str) else targets
+    head = base.get_output_embeddings()
+    found = {name: [m for n, m in base.named_modules() if n == name or n.endswith(f".{name}")] for name in names}
+    for name, modules in found.items():
+        if not modules:
+            linear = {
+                n.rpartition(".")[2]
+                for n, m in base.named_modules()
+                if isinstance(m, torch.nn.Linear) and m is not head
+            }
+            raise ModelError("lora.targets: " + unknown_name("module", name, linear))
+        if any(m is head for m in modules):
+            raise ModelError(f"lora.targets: {name} is the output head, which stays frozen; leave it out")
+    return names
