@@ -1,0 +1,92 @@
+"""What a pre-trained pocket model can do: greedy answers to validation problems, with and without worked examples.
+
+Called by `python -m pipeline.pocket` at the end of a run. It reads validation problems only; the test problems are for
+`stage3_eval`, whose numbers are the ones to quote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.pocket.documents import answer_of, prompt_of
+from pipeline.pocket.problems import Problem, split_problems
+from pipeline.tasks.numbers import score_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+MAX_NEW_TOKENS = 48
+"""A worked answer takes at most about 40."""
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927)."""
+    z = 1.959964
+    share, spread = right / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return centre - half, centre + half
+
+
+def context_ids(tokenizer: PreTrainedTokenizerBase, shots: int, style: str = "worked") -> list[int]:
+    """Ids of the first `shots` training problems as worked examples."""
+    ids: list[int] = []
+    for problem in split_problems("train")[:shots]:
+        for text in (prompt_of(problem.question), " " + answer_of(problem, style)):
+            ids += tokenizer(text)["input_ids"]
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+@torch.inference_mode()
+def answers(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    shots: int,
+    batch_size: int = 128,
+) -> list[str]:
+    """Greedy answers, in the problems' order. Questions of equal length share a batch, so nothing is padded."""
+    context = context_ids(tokenizer, shots)
+    prompts = [context + ids for ids in tokenizer([prompt_of(problem.question) for problem in problems])["input_ids"]]
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(index)
+    texts = [""] * len(problems)
+    for indices in by_length.values():
+        for start in range(0, len(indices), batch_size):
+            part = indices[start : start + batch_size]
+            for index, ids in zip(part, _greedy(model, torch.tensor([prompts[i] for i in part])), strict=True):
+                texts[index] = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def _greedy(model: Qwen3ForCausalLM, input_BL: Tensor) -> list[list[int]]:
+    """Most likely continuations of equally long inputs, each up to its end-of-sequence."""
+    output = model.generate(
+        input_BL, attention_mask=torch.ones_like(input_BL), do_sample=False, max_new_tokens=MAX_NEW_TOKENS
+    )
+    rows: list[list[int]] = output[:, input_BL.shape[1] :].tolist()
+    return rows
+
+
+def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, n: int, shots: int) -> dict[str, Any]:
+    """Strict accuracy on the first `n` validation problems, its 95% interval, and the share answered in steps."""
+    problems = list(split_problems("validation")[:n])
+    texts = answers(model, tokenizer, problems, shots)
+    right = sum(
+        score_number(text, problem.worked)["strict"] == 1.0 for text, problem in zip(texts, problems, strict=True)
+    )
+    low, high = wilson(right, n)
+    return {
+        "shots": shots,
+        "n": n,
+        "accuracy": round(right / n, 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "answered_in_steps": round(sum("=" in text for text in texts) / n, 4),
+    }
