@@ -33,6 +33,10 @@ def create(path: Path, data: bytes | memoryview) -> bool:
         except FileExistsError:
             # NFS may repeat a request that had succeeded: the name is then taken, by ourselves.
             created = path.exists() and temporary.samefile(path)
+        except FileNotFoundError:  # our temporary file was swept, by a process that found all work done
+            if not path.exists():
+                raise
+            created = False
         else:
             created = True
         sync_folder(path.parent)  # by the loser too: what it now relies on must last

@@ -78,10 +78,11 @@ def verify(cache_dir: Path, on_shard: Callable[[int, int], None] = lambda done, 
         except CorruptShard as error:
             report.problems.append(Problem(shard, f"shards/{record.file}", error.what))
         on_shard(done, len(records))
-    try:
-        load_vocabulary(root, manifest)
-    except DamagedDocument as error:
-        report.problems.append(Problem(None, "vocabulary.json", _first_line(error)))
+    if report.sealed or Layout(root).vocabulary.exists():  # else its writer died early, and the next one writes it
+        try:
+            load_vocabulary(root, manifest)
+        except DamagedDocument as error:
+            report.problems.append(Problem(None, "vocabulary.json", _first_line(error)))
     report.records = [records[shard] for shard in sorted(records)]
     ledgers = report.totals
     for name, ledger in (("examples", ledgers.examples), ("positions", ledgers.positions)):

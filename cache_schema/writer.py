@@ -71,7 +71,7 @@ class CacheWriter:
             on_disk.expect_plan(root, manifest)
             layout.shards.mkdir(exist_ok=True)
             if not layout.vocabulary.exists():  # the winner may have died just here; any of us can write it
-                publish(layout.vocabulary, words)
+                create(layout.vocabulary, words)
             sync_folder(root)
         return cls(layout, on_disk, stale_after_s)
 

@@ -69,7 +69,7 @@ class Toy:
         rng = np.random.default_rng([self.seed, example])
         positions = int(rng.integers(1, self.max_positions + 1))
         logits = rng.normal(0, 4, (positions, self.vocab_size))
-        return (np.rint(logits * 8) / 8 + rng.choice([0, 1 / 1024], logits.shape)).astype(np.float32)
+        return np.where(rng.random(logits.shape) < 0.5, np.rint(logits * 4) / 4, logits).astype(np.float32)
 
     def row(self, example: int) -> CacheRow:
         """What a teacher hands to the writer for an example."""
@@ -84,7 +84,7 @@ class Toy:
         ends[-1] = len(answer)
         starts = np.concatenate([[0], ends[:-1]])
         starts[-1] = len(answer)
-        status = np.where(rng.random(n) < 0.2, Status.NOT_FINITE, Status.USABLE).astype(np.uint8)
+        status = np.where(np.arange(n) % 4 == 3, Status.NOT_FINITE, Status.USABLE).astype(np.uint8)
         top = np.take_along_axis(logits, head, axis=1)
         return CacheRow(
             example_id=f"toy-{example}",

@@ -1,4 +1,4 @@
-"""FORMAT.md is the norm: its own code decodes a shard that other people's libraries read, and golden bytes stand still."""
+"""FORMAT.md is the norm: its own code decodes a shard that other libraries read, and golden bytes stand still."""
 
 from __future__ import annotations
 

@@ -1,0 +1,497 @@
+"""Committing shards: races, crashes at every step, claims, sealing, a full disk. The oracle is an undisturbed run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_schema import writer as writer_module
+from cache_schema.claims import Claims
+from cache_schema.errors import CorruptShard, IncompleteCache, InvalidRow, NotACache, StorageError
+from cache_schema.reader import CacheReader
+from cache_schema.schema import QuarantinedExample
+from cache_schema.verify import verify
+
+TOYS = Path(__file__).with_name("conftest.py")
+PRELUDE = f"""
+import importlib.util, os, signal, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("toys_of_the_cache", {str(TOYS)!r})
+module = sys.modules["toys_of_the_cache"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+Toy = module.Toy
+"""
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+    code = PRELUDE + textwrap.dedent(script)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
+
+
+# --- crashes ---------------------------------------------------------------------------------------------------------
+
+KILLED_AT = """
+folder, last = Path(sys.argv[1]), int(sys.argv[2])
+calls = 0
+
+def counted(function):
+    def call(*arguments, **keywords):
+        global calls
+        if calls == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls += 1
+        return function(*arguments, **keywords)
+    return call
+
+for name in ("write", "fsync", "link", "rename", "unlink", "open"):
+    setattr(os, name, counted(getattr(os, name)))
+Toy(examples=2, shard_examples=1).build(folder)
+"""
+
+
+def test_killed_at_every_step_then_resumed(make_toy, tmp_path):
+    """SIGKILL before each call that touches the disk, one run each: a second run always ends the same."""
+    toy = make_toy(examples=2, shard_examples=1)
+    clean = contents(toy.build(tmp_path / "clean"))
+    orphans = survived = 0
+    for last in range(0, 400, 3):
+        folder = tmp_path / f"killed-{last}"
+        process = start(KILLED_AT, folder, last)
+        _, errors = process.communicate(timeout=60)
+        if process.returncode == 0:
+            survived = last
+            break
+        assert process.returncode == -9, errors
+        if (folder / "manifest.json").exists():
+            report = verify(folder)
+            assert report.good, report.problems
+            orphans += len(report.orphans)
+        assert contents(toy.build(folder)) == clean
+        assert verify(folder).good
+    assert survived > 30, "the run has dozens of steps"
+    assert orphans > 0, "some kills fell between a data file and its record"
+
+
+def test_killed_between_data_file_and_record(toy, tmp_path, monkeypatch):
+    """The orphan counts for nothing; the shard is done again; with other bytes, the orphan is swept at the seal."""
+    writer = toy.writer(tmp_path / "c")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, data: bytes) -> bool:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(writer_module, "create", killed)
+        toy.commit(writer, 1)
+    (orphan,) = (tmp_path / "c" / "shards").iterdir()
+    assert toy.writer(tmp_path / "c").missing() == [0, 1, 2]
+    assert verify(tmp_path / "c").orphans == [orphan.name]
+    rows, bad = toy.shard(1)
+    rows[0] = replace(rows[0], prompt="computed again, elsewhere")
+    record = writer.commit(1, rows, bad, {})
+    assert record.file != orphan.name and orphan.exists()
+    assert toy.build(tmp_path / "c") and not orphan.exists()
+    assert verify(tmp_path / "c").good
+
+
+# --- races -----------------------------------------------------------------------------------------------------------
+
+RACER = """
+folder, me, gate = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+from dataclasses import replace
+toy = Toy(examples=24, shard_examples=1)
+rows = [replace(toy.row(i), prompt=me) for i in range(24)]  # other bytes than anyone else's
+Path(f"{gate}-{me}").touch()
+while not gate.exists():
+    pass
+writer = toy.writer(folder)
+for shard, row in enumerate(rows):
+    writer.commit(shard, [row], [], {"writer": me})
+writer.seal()
+"""
+
+
+def test_processes_race_for_every_record(make_toy, tmp_path):
+    """Three processes create one cache and commit all of its shards at once, claims ignored: one winner a shard."""
+    folder, gate = tmp_path / "c", tmp_path / "gate"
+    racers = [start(RACER, folder, f"racer{i}", gate) for i in range(3)]
+    while len(list(tmp_path.glob("gate-*"))) < 3:
+        assert all(racer.poll() is None for racer in racers)
+    gate.touch()
+    for racer in racers:
+        _, errors = racer.communicate(timeout=120)
+        assert racer.returncode == 0, errors
+    report = verify(folder)
+    assert report.good and report.complete and not report.orphans
+    for record, row in zip(report.records, CacheReader.open(folder).rows(), strict=True):
+        assert row.prompt == record.provenance["writer"]
+    assert not list(folder.rglob(".tmp-*")) and not (folder / "claims").exists()
+
+
+def test_loser_takes_the_winners_record(toy, tmp_path, monkeypatch):
+    """Another writer commits just before our record: its record is returned, our file goes, in that order."""
+    folder = tmp_path / "c"
+    slow, fast = toy.writer(folder), toy.writer(folder)
+    rows, bad = toy.shard(0)
+    won = []
+
+    def overtaken(path: Path, data: bytes) -> bool:
+        monkeypatch.undo()
+        won.append(fast.commit(0, [replace(row, prompt="fast") for row in rows], bad, {}))
+        return writer_module.create(path, data)
+
+    monkeypatch.setattr(writer_module, "create", overtaken)
+    assert slow.commit(0, rows, bad, {}) == won[0]
+    assert [p.name for p in (folder / "shards").glob("*.parquet")] == [won[0].file]
+
+
+def test_loser_with_the_same_bytes_leaves_the_winners_file(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    assert toy.commit(writer, 0) == toy.commit(writer, 0)
+    toy.build(tmp_path / "c")
+    assert verify(tmp_path / "c").good
+
+
+def test_sealed_under_a_slow_writer(toy, tmp_path, monkeypatch):
+    """The seal sweeps temporary files, a living loser's too: it then finds the winner's record and is content."""
+    folder = tmp_path / "c"
+    writer = toy.writer(folder)
+
+    def swept(path: Path, data: bytes) -> None:
+        monkeypatch.undo()
+        toy.build(folder)
+        raise FileNotFoundError(errno.ENOENT, "swept", str(path))
+
+    monkeypatch.setattr(writer_module, "publish", swept)
+    assert toy.commit(writer, 2) == CacheReader.open(folder).records[2]
+
+
+def test_cache_removed_under_a_writer(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    (tmp_path / "c").rename(tmp_path / "moved")
+    with pytest.raises(NotACache, match="was removed while shard 0 was written"):
+        toy.commit(writer, 0)
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def test_claim_is_exclusive_until_released(toy, tmp_path):
+    ours, theirs = toy.writer(tmp_path / "c"), toy.writer(tmp_path / "c")
+    theirs._claims._me = {"host": "elsewhere", "pid": 7}
+    assert ours.claim(0) and ours.claim(0)  # again is a heartbeat
+    assert not theirs.claim(0) and theirs.claim(1) and not ours.claim(1)
+    theirs.release(0)  # not theirs to give
+    assert not theirs.claim(0)
+    ours.release(0)
+    assert theirs.claim(0)
+
+
+def test_claims_end_with_the_commit(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    assert writer.claim(0)
+    toy.commit(writer, 0)
+    assert not list((tmp_path / "c" / "claims").iterdir())
+    assert not writer.claim(0)
+    toy.build(tmp_path / "c")
+    assert not writer.claim(1)
+
+
+def test_claim_of_a_dead_process_is_taken_over(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    other = toy.writer(tmp_path / "c")
+    other._claims._me = {**other._claims._me, "pid": dead.pid}
+    assert other.claim(0) and writer.claim(0) and writer.claim(0)
+    other._claims._me["host"] = "elsewhere"  # on another machine the number says nothing
+    assert other.claim(1) and not writer.claim(1)
+
+
+@pytest.mark.parametrize(("silent_s", "taken"), [(899, False), (901, True)])
+def test_silent_claim_is_taken_over(toy, tmp_path, silent_s, taken):
+    writer, other = toy.writer(tmp_path / "c"), toy.writer(tmp_path / "c")
+    other._claims._me = {"host": "elsewhere", "pid": 7}
+    assert other.claim(0)
+    path = tmp_path / "c" / "claims" / "00000"
+    os.utime(path, (path.stat().st_mtime - silent_s,) * 2)
+    assert writer.claim(0) is taken
+    assert other.claim(0) is not taken  # the heartbeat of one who lost it
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"host": 1, "pid": "x"}', b'{"host": "h", "pid": -1}', b"\xff"]
+)
+def test_garbage_in_a_claim_only_costs_time(toy, tmp_path, content):
+    writer = toy.writer(tmp_path / "c")
+    path = tmp_path / "c" / "claims" / "00000"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert not writer.claim(0)
+    os.utime(path, (0, 0))
+    assert writer.claim(0)
+
+
+def test_claims_of_this_process_are_renewed(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    assert isinstance(writer._claims, Claims) and writer.claim(0)
+    path = tmp_path / "c" / "claims" / "00000"
+    os.utime(path, (0, 0))
+    assert writer.claim(0) and path.stat().st_mtime > 0
+    assert json.loads(path.read_bytes())["pid"] == os.getpid()
+
+
+# --- sealing ---------------------------------------------------------------------------------------------------------
+
+
+def test_seal_names_what_is_missing(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    toy.commit(writer, 1)
+    with pytest.raises(IncompleteCache, match=r"2 of 3 shards are missing \(0, 2\)") as caught:
+        writer.seal()
+    assert caught.value.missing == (0, 2)
+    assert "python -m stage1_teacher --recipe toy" in str(caught.value)
+    assert not (tmp_path / "c" / "sealed.json").exists()
+
+
+def test_seal_twice(toy, cache):
+    before = contents(cache)
+    assert toy.writer(cache).seal().records == CacheReader.open(cache).records
+    assert contents(cache) == before
+
+
+def test_seal_refuses_a_shard_whose_data_is_gone(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    records = [toy.commit(writer, shard) for shard in range(3)]
+    (tmp_path / "c" / "shards" / records[1].file).unlink()
+    with pytest.raises(CorruptShard, match="gone") as caught:
+        writer.seal()
+    assert caught.value.shard == 1
+    assert "shards/00001.json" in str(caught.value)
+
+
+def test_advice_for_a_corrupt_shard_works(toy, cache):
+    """Follow the error message: remove the record and the seal, run again; the cache is whole."""
+    before = contents(cache)
+    victim = next((cache / "shards").glob("00001-*"))
+    victim.write_bytes(b"x" * victim.stat().st_size)
+    with pytest.raises(CorruptShard) as caught:
+        list(CacheReader.open(cache).rows())
+    (line,) = [line for line in str(caught.value).splitlines() if "rm -f" in line]
+    subprocess.run(line.split("   and run")[0], shell=True, check=True)
+    assert toy.writer(cache).missing() == [1]
+    toy.build(cache)
+    assert contents(cache) == before
+
+
+# --- places where a cache cannot be ----------------------------------------------------------------------------------
+
+
+def test_file_in_place_of_the_folder(toy, tmp_path):
+    (tmp_path / "c").write_text("x")
+    for folder in (tmp_path / "c", tmp_path / "c" / "deeper"):
+        with pytest.raises(NotACache, match=r"/c is a file.*\n.*--set cache\.dir"):
+            toy.writer(folder)
+
+
+def test_broken_link_in_place_of_the_folder(toy, tmp_path):
+    (tmp_path / "c").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NotACache, match="a broken link"):
+        toy.writer(tmp_path / "c")
+
+
+def test_folder_with_other_things_in_it(toy, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(NotACache, match=r"not empty \(it has 'thesis.tex'\)"):
+        toy.writer(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_fresh_file_system_is_empty_enough(toy, tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".tmp-1-ab-manifest.json").write_text("of a writer that died")
+    toy.build(tmp_path)
+    assert verify(tmp_path).good
+
+
+# --- no room ---------------------------------------------------------------------------------------------------------
+
+
+def test_disk_full(toy, tmp_path, monkeypatch):
+    """Out of space in the middle of a shard: said so, nothing left behind, what was committed stays."""
+    writer = toy.writer(tmp_path / "c")
+    toy.commit(writer, 0)
+    before = contents(tmp_path / "c")
+    write = os.write
+
+    def full(fd: int, data: memoryview) -> int:
+        if len(data) > 1000:
+            return write(fd, data[:1000])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StorageError, match=r"writing shard 1 failed: No space left.*\n.*free there.*MB") as caught:
+            toy.commit(writer, 1)
+    assert "every committed shard is kept" in str(caught.value)
+    assert contents(tmp_path / "c") == before
+    toy.build(tmp_path / "c")
+    assert verify(tmp_path / "c").good
+
+
+def test_short_writes_are_completed(toy, tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data[:100])))
+    toy.build(tmp_path / "c")
+    assert verify(tmp_path / "c").good
+
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+from cache_schema.errors import StorageError
+toy = Toy(examples=3, shard_examples=1, max_positions=400)
+try:
+    toy.build(Path(sys.argv[1]))
+except StorageError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_file_size_limit(make_toy, tmp_path):
+    process = start(LIMITED, tmp_path / "c")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "File too large" in errors and "free there" in errors
+    assert not list((tmp_path / "c").rglob(".tmp-*"))
+    make_toy(examples=3, shard_examples=1, max_positions=400).build(tmp_path / "c")
+
+
+def test_a_file_system_that_is_really_full(make_toy, tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(mount)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    toy = make_toy(examples=60, shard_examples=2, max_positions=60)
+    try:
+        with pytest.raises(StorageError, match="No space left on device"):
+            toy.build(mount)
+        report = verify(mount)
+        assert report.good and report.records and report.missing
+        grow = ["mount", "-o", "remount,size=8m", str(mount)]
+        subprocess.run(grow, check=True)
+        toy.build(mount)  # the same command again
+        assert verify(mount).complete
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_no_hard_links(toy, tmp_path, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(StorageError, match="hard links"):
+        toy.writer(tmp_path / "c")
+
+
+# --- rows that must not get in ---------------------------------------------------------------------------------------
+
+
+def changed(row, name, change):
+    value = np.array(getattr(row, name))
+    return replace(row, **{name: change(value)})
+
+
+def put(index, value):
+    def change(array):
+        array[index] = value
+        return array
+
+    return change
+
+
+BAD_ROWS = {
+    "top_logit is not the logit of rank 0": lambda r: changed(r, "top_logit", lambda a: a + 1),
+    "not sorted": lambda r: changed(r, "logits", put((0, 3), -1e3)),
+    "not finite": lambda r: changed(r, "logits", put((0, 7), np.nan)),
+    "not finite, or too far below": lambda r: changed(r, "logits", put((0, 7), -3e5)),
+    "a token id twice": lambda r: changed(r, "token_ids", put((0, 1), r.token_ids[0, 0])),
+    "a token id outside the vocabulary of 40": lambda r: changed(r, "token_ids", put((0, 1), 40)),
+    "a token id outside": lambda r: changed(r, "token_ids", put((0, 1), -1)),
+    "equal logits are not ordered by lower id": lambda r: replace(
+        r,
+        logits=np.repeat(r.logits[:, :1], 8, axis=1),
+        token_ids=np.repeat([range(8)[::-1]], len(r.status), 0).astype("i4"),
+    ),
+    "at temperature 2.5, logsumexp is not that": lambda r: changed(r, "logsumexp", put((0, 1), r.logsumexp[0, 0])),
+    "at temperature 1.0, logsumexp is not that": lambda r: changed(r, "log_tail", lambda a: a + 5),
+    "answer_ids run from": lambda r: changed(r, "answer_ids", put(0, 40)),
+    "answer_offsets leave the answer": lambda r: changed(r, "answer_offsets", put((-1, 1), 10_000)),
+    "answer_offsets go backwards": lambda r: changed(r, "answer_offsets", lambda a: a[::-1]),
+    "status 4 is unknown": lambda r: changed(r, "status", put(0, 4)),
+    r"status is int64\[5\], expected uint8\[5\]": lambda r: changed(r, "status", lambda a: a.astype("i8")),
+    r"logits is float32\[5, 7\], expected float32\[5, 8\]": lambda r: changed(r, "logits", lambda a: a[:, 1:]),
+    "token_ids is None, expected int32": lambda r: replace(r, token_ids=None),
+    "log_tail is None, expected float32": lambda r: replace(r, log_tail=None),
+    "top_logit is list, expected float32": lambda r: replace(r, top_logit=r.top_logit.tolist()),
+    "answer_start is -1": lambda r: replace(r, answer_start=-1),
+    "prompt is not valid Unicode": lambda r: replace(r, prompt="\udc80"),
+    "example_id is empty": lambda r: replace(r, example_id=""),
+    "no positions": lambda r: replace(r, answer_ids=r.answer_ids[:0]),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ROWS)
+def test_bad_row_is_refused(make_toy, tmp_path, what):
+    toy = make_toy(examples=4, shard_examples=4, max_positions=6, seed=3)
+    rows, _ = toy.shard(0)
+    which = next(i for i, row in enumerate(rows) if len(row.status) == 5)
+    rows[which] = BAD_ROWS[what](rows[which])
+    writer = toy.writer(tmp_path / "c")
+    with pytest.raises(InvalidRow, match=rf"shard 0, row {which} .*{what}"):
+        writer.commit(0, rows, [], {})
+    assert not list((tmp_path / "c" / "shards").iterdir())
+
+
+def test_numbers_of_unusable_positions_may_be_anything(toy, tmp_path):
+    rows, _ = toy.shard(0)
+    spoilt = []
+    for row in rows:
+        bad = row.status != 0
+        fill = {name: np.array(getattr(row, name)) for name in ("logits", "logsumexp", "log_tail", "token_ids")}
+        for array in fill.values():
+            array[bad] = -77 if array.dtype == np.int32 else np.inf
+        spoilt.append(replace(row, **fill))
+    assert any((row.status != 0).any() for row in rows)
+    a, b = (toy.writer(tmp_path / name).commit(0, r, [], {}) for name, r in (("a", rows), ("b", spoilt)))
+    assert a.sha256 == b.sha256
+
+
+def test_rows_and_quarantined_must_be_the_plan(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    rows, _ = toy.shard(0)
+    with pytest.raises(InvalidRow, match="2 rows and 0 quarantined; expected 3 in all"):
+        writer.commit(0, rows[:2], [], {})
+    with pytest.raises(InvalidRow, match="example 'toy-0' of task 'toy' is there 2 times"):
+        writer.commit(0, rows[:2], [QuarantinedExample("toy-0", "toy", "too_long")], {})
+    with pytest.raises(InvalidRow, match="has no reason"):
+        writer.commit(0, rows[:2], [QuarantinedExample("toy-2", "toy", "")], {})
+    with pytest.raises(InvalidRow, match="there is no shard 3"):
+        writer.commit(3, rows, [], {})
