@@ -41,11 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stage_command(stage: str, recipe: "Recipe", arguments: Sequence[str]) -> list[str]:
-    """The command line of one stage, in the recipe's interpreter, through torchrun where it has several processes."""
+    """The command line of one stage, in the interpreter that the recipe names for it."""
     python = recipe.runtime.python.get(stage, sys.executable)  # type: ignore[call-overload]
-    if stage == "stage2_student" and recipe.runtime.processes > 1:
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={recipe.runtime.processes}", "-m"]
-        return [python, "-m", *launcher, stage, *arguments]
     return [python, "-m", stage, *arguments]
 
 

@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 PROVENANCE = "provenance.json"
 
@@ -58,9 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not (args.out / "config.json").is_file():
             print(f"{args.out}: no model here (no config.json); train one with --minutes 25", file=sys.stderr)
             return 2
-        tokenizer = AutoTokenizer.from_pretrained(args.out)
-        model = AutoModelForCausalLM.from_pretrained(args.out)
-        record = {}
+        tokenizer: Any = AutoTokenizer.from_pretrained(args.out)
+        model: Any = AutoModelForCausalLM.from_pretrained(args.out)
+        record: dict[str, Any] = {}
     else:
         settings = Settings(seed=args.seed, steps=args.steps, minutes=args.minutes)
         tokenizer = build_tokenizer()

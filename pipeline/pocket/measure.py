@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from pipeline.pocket.problems import Problem, split_problems
 from pipeline.tasks.numbers import score_number
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 48
 """A worked answer takes at most about 40."""
@@ -45,9 +46,9 @@ def context_ids(tokenizer: PreTrainedTokenizerBase, shots: int, style: str = "wo
 
 @torch.inference_mode()
 def answers(
-    model: Qwen3ForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
+    problems: Sequence[Problem],
     shots: int,
     batch_size: int = 128,
 ) -> list[str]:
@@ -62,11 +63,11 @@ def answers(
         for start in range(0, len(indices), batch_size):
             part = indices[start : start + batch_size]
             for index, ids in zip(part, _greedy(model, torch.tensor([prompts[i] for i in part])), strict=True):
-                texts[index] = tokenizer.decode(ids, skip_special_tokens=True)
+                texts[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
     return texts
 
 
-def _greedy(model: Qwen3ForCausalLM, input_BL: Tensor) -> list[list[int]]:
+def _greedy(model: Any, input_BL: Tensor) -> list[list[int]]:
     """Most likely continuations of equally long inputs, each up to its end-of-sequence."""
     output = model.generate(
         input_BL, attention_mask=torch.ones_like(input_BL), do_sample=False, max_new_tokens=MAX_NEW_TOKENS
@@ -75,9 +76,9 @@ def _greedy(model: Qwen3ForCausalLM, input_BL: Tensor) -> list[list[int]]:
     return rows
 
 
-def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, n: int, shots: int) -> dict[str, Any]:
+def measure(model: Any, tokenizer: PreTrainedTokenizerBase, n: int, shots: int) -> dict[str, Any]:
     """Strict accuracy on the first `n` validation problems, its 95% interval, and the share answered in steps."""
-    problems = list(split_problems("validation")[:n])
+    problems = split_problems("validation")[:n]
     texts = answers(model, tokenizer, problems, shots)
     right = sum(
         score_number(text, problem.worked)["strict"] == 1.0 for text, problem in zip(texts, problems, strict=True)
