@@ -1,0 +1,53 @@
+"""`python -m stage3_eval --recipe R`: score the untouched student and every checkpoint, and report.
+
+Answers that are there are not generated again, so a second call only scores; `--rescore` promises it, and needs
+neither the model nor the checkpoints.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate what is missing, score everything, write the report, and print its table."""
+    parser = recipe_parser("stage3_eval", "Score the untouched student and every checkpoint, with error bars.")
+    parser.add_argument("--student", metavar="NAME", help="generate for this student alone")
+    parser.add_argument(
+        "--rescore", action="store_true", help="never generate: score the predictions that were kept, without a model"
+    )
+    args = parser.parse_args(argv)
+    recipe = recipe_of(args)
+
+    from pipeline.errors import RunError, unknown_name
+
+    if args.student is not None and args.student not in recipe.students:
+        raise RunError(f"--student {args.student}: {unknown_name('student', args.student, recipe.students)}")
+
+    from stage3_eval.evaluate import StudentRun
+    from stage3_eval.report import write_report
+
+    started, arguments = time.monotonic(), recipe_arguments(args)
+    evaluated = []
+    for student in recipe.students:
+        run = StudentRun(recipe, student, arguments, rescore=args.rescore)
+        for note in run.notes:
+            print(note, flush=True)
+        if args.student not in (None, student) and not run.complete():
+            print(f"{student}: not asked for, and some of its answers are missing; it is left out of the report")
+            continue
+        evaluated.append(run.evaluate())
+    command = ["stage3_eval", *arguments, *(["--rescore"] if args.rescore else [])]
+    table, pictures = write_report(recipe, evaluated, command)
+    print(f"\n{table}")
+    for path in pictures:
+        print(f"picture  {path}")
+    folder = pictures[0].parent if pictures else "(no pictures)"
+    print(f"report   {folder}: results.json, table.md; scored in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

