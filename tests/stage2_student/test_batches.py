@@ -1,0 +1,148 @@
+"""From cached rows to tensors: which place predicts which token, and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+
+from cache_schema.reader import CacheReader
+from cache_schema.schema import CacheRow, Status
+from pipeline.errors import DataError, ModelError
+from pipeline.fingerprint import Experiment
+from pipeline.models import ModelSource, load_tokenizer
+from pipeline.prompts import PromptBuilder
+from pipeline.recipe import Arm, load_recipe
+from stage2_student.batches import Collator, usable_rows
+
+DISTILL = Arm(ce=1.0, logit_mse=0.5)
+
+
+def opened(tmp_path: Path, edit: Callable[[Any], Any] = lambda row: row, **overrides: Any) -> CacheReader:
+    recipe = load_recipe(str(toys.tiny_recipe(tmp_path, **overrides)))
+    return CacheReader.open(toys.fill_cache(recipe, edit), expect=Experiment(recipe).identity)
+
+
+def prompts_of(folder: Path) -> PromptBuilder:
+    return PromptBuilder(load_tokenizer(ModelSource(str(folder), None)), None)
+
+
+def test_every_answer_token_is_read_one_place_before_it(tmp_path: Path) -> None:
+    reader, prompts = opened(tmp_path), prompts_of(tmp_path / "model")
+    rows = reader.read([3, 0, 20])
+    for padding in ("right", "left"):
+        batch = Collator(reader, prompts, 320, DISTILL).collate(rows, padding)
+        flat = batch.input_ids_BL.flatten()
+        following = torch.cat([flat[1:], flat[:1]])
+        first = torch.tensor(np.cumsum([0] + [len(row.answer_ids) for row in rows[:-1]]))
+        inside = torch.ones(len(batch.labels_N), dtype=torch.bool)
+        assert batch.labels_N.tolist() == [token for row in rows for token in row.answer_ids.tolist()]
+        assert (following[batch.read_at_N] == batch.labels_N)[inside].all()
+        for row, start in zip(rows, first.tolist(), strict=True):
+            encoded = prompts.encode(row.prompt, row.answer)
+            assert flat[batch.read_at_N[start]] == encoded.input_ids[encoded.answer_start - 1]
+        assert batch.attention_mask_BL.sum(1).tolist() == [
+            len(prompts.encode(row.prompt, row.answer).input_ids) for row in rows
+        ]
+        read_positions = batch.position_ids_BL.flatten()[batch.read_at_N]
+        assert read_positions[0] == prompts.encode(rows[0].prompt, rows[0].answer).answer_start - 1
+
+
+def test_teacher_rows_lie_beside_their_labels(tmp_path: Path) -> None:
+    def edit(row: CacheRow) -> CacheRow:
+        status = np.zeros_like(row.status)
+        status[2] = Status.NOT_FINITE
+        return replace(row, status=status)
+
+    reader = opened(tmp_path, edit, cache={"temperatures": [1.0, 2.0]})
+    rows = reader.read([5, 1])
+    batch = Collator(reader, prompts_of(tmp_path / "model"), 320, Arm(kl=1.0, temperature=2.0)).collate(rows)
+    teacher = batch.teacher
+    n = len(rows[0].answer_ids)
+    assert torch.equal(teacher.logits_NK[n:], torch.from_numpy(rows[1].logits))
+    assert torch.equal(teacher.ids_NK[:n], torch.from_numpy(rows[0].token_ids).long())
+    assert torch.equal(teacher.logsumexp_N[n:], torch.from_numpy(rows[1].logsumexp[:, 1]))
+    assert torch.equal(teacher.log_tail_N[:n], torch.from_numpy(rows[0].log_tail[:, 1]))
+    assert (~teacher.usable_N).nonzero().squeeze(1).tolist() == [2, n + 2]
+    counts = batch.counts()
+    assert counts == {
+        "tokens": int(batch.attention_mask_BL.sum()),
+        "ce": len(batch.labels_N),  # the text of a quarantined position is known all the same
+        "logit_mse": len(batch.labels_N) - 2,
+        "kl": len(batch.labels_N) - 2,
+    }
+
+
+def test_text_alone_is_read_without_teacher_losses(tmp_path: Path) -> None:
+    reader = opened(tmp_path)
+    (batch,) = Collator(reader, prompts_of(tmp_path / "model"), 320, Arm(ce=1.0)).read([0, 1], 4)
+    assert batch.teacher is None and len(batch.example_ids) == 2
+    assert {key[2].value for key in reader._groups} == {"text"}
+
+
+def test_micro_batches_keep_the_order_and_may_be_none(tmp_path: Path) -> None:
+    reader = opened(tmp_path)
+    collator = Collator(reader, prompts_of(tmp_path / "model"), 320, DISTILL)
+    batches = collator.read([4, 2, 9, 7, 0], 2)
+    assert [len(b.example_ids) for b in batches] == [2, 2, 1]
+    assert [i for b in batches for i in b.example_ids] == [row.example_id for row in reader.read([4, 2, 9, 7, 0])]
+    assert collator.read([], 2) == []
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    reader = opened(tmp_path)
+    toys.tiny_tokenizer(tmp_path / "other", vocab_size=300)
+    with pytest.raises(ModelError, match=r"other \(sha256 \w{12}\) is not the one that the cache was made with"):
+        Collator(reader, prompts_of(tmp_path / "other"), 320, DISTILL)
+    Collator(reader, prompts_of(tmp_path / "other"), 320, Arm(ce=1.0))  # text alone suits any tokenizer
+
+
+def test_other_answer_tokens_are_named(tmp_path: Path) -> None:
+    """The same tokenizer, but a chat template has come: its turns end otherwise and have no space in front."""
+    reader = opened(tmp_path)
+    toys.tiny_tokenizer(tmp_path / "chat", chat=True)
+    collator = Collator(reader, prompts_of(tmp_path / "chat"), 320, DISTILL)
+    with pytest.raises(ModelError) as error:
+        collator.read([6], 2)
+    row = reader.read([6])[0]
+    theirs = collator.prompts.tokenizer.convert_ids_to_tokens(int(row.answer_ids[0]))
+    assert f"example {row.example_id}:" in str(error.value)
+    assert "differ first at answer token 0" in str(error.value)
+    assert f"the cache has {row.answer_ids[0]} {theirs!r}" in str(error.value)
+
+
+def test_a_shorter_answer_is_named(tmp_path: Path) -> None:
+    reader = opened(tmp_path)
+    collator = Collator(reader, prompts_of(tmp_path / "model"), 320, DISTILL)
+    row = reader.read([0])[0]
+    with pytest.raises(ModelError, match=r"the student has nothing \(it is shorter\), the cache has 0 '<\|eos\|>'"):
+        collator._check_answer(row, row.answer_ids.tolist()[:-1])
+
+
+def test_a_vocabulary_too_small_for_the_cache_is_refused(tmp_path: Path) -> None:
+    reader, prompts = opened(tmp_path, cache={"top_k": 310}), prompts_of(tmp_path / "model")
+    for size in (300, 310):  # at 310 there would be no tail left to compare with
+        with pytest.raises(
+            ModelError, match=rf"the top 310 of 320 logits, but the student's vocabulary has {size} ids"
+        ):
+            Collator(reader, prompts, size, DISTILL)
+    collator = Collator(reader, prompts, 311, DISTILL)
+    with pytest.raises(ModelError, match=r"example train/gsm8k-\d+: the cache has token id 31\d, .* ends at 310;"):
+        collator.read([0], 1)
+
+
+def test_what_does_not_fit_the_window_is_dropped_and_counted(tmp_path: Path) -> None:
+    reader, prompts = opened(tmp_path), prompts_of(tmp_path / "model")
+    lengths = [len(prompts.encode(row.prompt, row.answer).input_ids) for row in reader.read(range(len(reader)))]
+    window = sorted(lengths)[10]
+    usable = usable_rows(reader, prompts, window)
+    assert usable.rows == [i for i, length in enumerate(lengths) if length <= window]
+    assert usable.dropped == len(reader) - len(usable.rows) > 0
+    assert usable.longest == max(lengths)
+    assert usable_rows(reader, prompts, None).dropped == 0
+    with pytest.raises(DataError, match=f"reads 5 tokens: the shortest of {len(reader)} examples has {min(lengths)}"):
+        usable_rows(reader, prompts, 5)

@@ -1,0 +1,194 @@
+"""The losses against full-vocabulary references in float64 NumPy, and their gradients against finite differences."""
+
+import numpy as np
+import pytest
+import torch
+import toys
+from numpy.typing import NDArray
+from scipy.special import log_softmax, logsumexp
+from torch import Tensor
+
+from stage2_student import losses
+
+N, V, K = 5, 12, 4
+Array = NDArray[np.float64]
+
+
+def example(
+    k: int = K, temperature: float = 1.0, seed: int = 0, spread: float = 3.0
+) -> tuple[Array, Array, dict[str, Tensor]]:
+    """Student and teacher logits [N, V], and what a cache would hold of the teacher (float64)."""
+    random = np.random.default_rng(seed)
+    student, teacher = random.normal(0, spread, (2, N, V))
+    kept = toys.top_k(teacher, k, [temperature])
+    ids = torch.from_numpy(kept["token_ids"]).long()
+    outside = teacher.copy()
+    np.put_along_axis(outside, kept["token_ids"].astype(np.int64), -np.inf, 1)
+    return (
+        student,
+        teacher,
+        {
+            "teacher_NK": torch.from_numpy(teacher).gather(1, ids),
+            "ids_NK": ids,
+            "logsumexp_N": torch.from_numpy(logsumexp(teacher / temperature, axis=1)),
+            "log_tail_N": torch.from_numpy(logsumexp(outside / temperature, axis=1)) if k < V else None,
+            "usable_N": torch.ones(N, dtype=torch.bool),
+        },
+    )
+
+
+def bucketed_kl(student: Array, teacher: Array, k: int, temperature: float) -> float:
+    """T^2 KL over the top k and one bucket, by summing probabilities of the whole vocabulary."""
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        p, q = np.exp(log_softmax(t / temperature)), np.exp(log_softmax(s / temperature))
+        top = np.argsort(-t, kind="stable")[:k]
+        p = np.append(p[top], np.delete(p, top).sum())[: k + (k < V)]
+        q = np.append(q[top], np.delete(q, top).sum())[: k + (k < V)]
+        total += float((p * np.log(p / q)).sum())
+    return temperature**2 * total
+
+
+def test_cross_entropy() -> None:
+    student, _, _ = example()
+    labels = np.array([3, 0, 11, 5, 5])
+    expected = -log_softmax(student, axis=1)[np.arange(N), labels].sum()
+    assert losses.cross_entropy(torch.from_numpy(student), torch.from_numpy(labels)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k", [1, K, V])
+def test_logit_mse(k: int) -> None:
+    student, teacher, cached = example(k)
+    top = np.argsort(-teacher, axis=1, kind="stable")[:, :k]
+    difference = np.take_along_axis(teacher, top, 1) - np.take_along_axis(student, top, 1)
+    found = losses.logit_mse(torch.from_numpy(student), cached["teacher_NK"], cached["ids_NK"], cached["usable_N"])
+    assert found.item() == pytest.approx((difference**2).mean(axis=1).sum())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("k", [1, K, V - 1, V])
+def test_kl_is_that_of_the_bucketed_distributions(k: int, temperature: float) -> None:
+    student, teacher, cached = example(k, temperature)
+    found = losses.kl(torch.from_numpy(student), temperature=temperature, **cached)
+    assert found.item() == pytest.approx(bucketed_kl(student, teacher, k, temperature), rel=1e-12)
+
+
+def test_kl_without_truncation_is_torchs_own() -> None:
+    student, teacher, cached = example(V)
+    expected = torch.nn.functional.kl_div(
+        torch.from_numpy(student).log_softmax(1),
+        torch.from_numpy(teacher).log_softmax(1),
+        reduction="sum",
+        log_target=True,
+    )
+    assert losses.kl(torch.from_numpy(student), temperature=1.0, **cached).item() == pytest.approx(expected.item())
+
+
+def test_kl_is_least_at_the_teacher() -> None:
+    _, teacher, cached = example()
+    at_teacher = torch.from_numpy(teacher).requires_grad_()
+    loss = losses.kl(at_teacher, temperature=1.0, **cached)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert at_teacher.grad.abs().max().item() < 1e-12
+
+
+def test_kl_sees_the_tail_as_one_bucket() -> None:
+    """Moving mass about outside the top K costs nothing; moving it out of the top K does."""
+    _, teacher, cached = example()
+    student = teacher.copy()
+    for n, ids in enumerate(cached["ids_NK"].numpy()):
+        rest = np.setdiff1d(np.arange(V), ids)
+        student[n, rest] = student[n, rest[::-1]]
+    assert losses.kl(torch.from_numpy(student), temperature=1.0, **cached).item() == pytest.approx(0, abs=1e-12)
+    np.put_along_axis(student, cached["ids_NK"].numpy(), teacher.min() - 5, 1)
+    assert losses.kl(torch.from_numpy(student), temperature=1.0, **cached).item() > 1.0
+
+
+def test_kl_is_stable_where_the_tail_is_nothing() -> None:
+    """A peaked row in float32: the tail's 1e-26 would be lost in 1 - sum(q), and its log with it."""
+    logits = torch.full((1, V), -60.0)
+    logits[0, :K] = torch.tensor([30.0, 1.0, 0.0, -1.0])
+    student = logits.clone().requires_grad_()
+    loss = losses.kl(
+        student,
+        logits[:, :K],
+        torch.arange(K)[None],
+        logits.logsumexp(1),
+        logits[:, K:].logsumexp(1),
+        torch.ones(1, dtype=torch.bool),
+        1.0,
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert student.grad.isfinite().all() and student.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("k", [K, V])
+@pytest.mark.parametrize("component", ["ce", "logit_mse", "kl"])
+def test_gradients(component: str, k: int) -> None:
+    student, _, cached = example(k, temperature=1.7, spread=1.0)
+
+    def loss(logits: Tensor) -> Tensor:
+        if component == "ce":
+            return losses.cross_entropy(logits, torch.tensor([3, 0, 11, 5, 5]))
+        if component == "kl":
+            return losses.kl(logits, temperature=1.7, **cached)
+        return losses.logit_mse(logits, cached["teacher_NK"], cached["ids_NK"], cached["usable_N"])
+
+    assert torch.autograd.gradcheck(loss, torch.from_numpy(student).requires_grad_())
+
+
+@pytest.mark.parametrize("component", ["logit_mse", "kl"])
+def test_unusable_positions_are_not_read(component: str) -> None:
+    """NaN in the numbers of a quarantined position reaches neither the sum nor a gradient."""
+    student, _, cached = example()
+    usable = torch.tensor([True, False, True, False, True])
+
+    def run(rows: Tensor, mask: Tensor, poison: bool) -> tuple[float, Tensor]:
+        logits = torch.from_numpy(student)[rows].requires_grad_()
+        inputs = {name: value[rows].clone() for name, value in cached.items() if value is not None}
+        if poison:
+            for name in ("teacher_NK", "logsumexp_N", "log_tail_N"):
+                inputs[name][~mask] = torch.nan
+            inputs["ids_NK"][~mask] = 0
+        inputs["usable_N"] = mask
+        if component == "kl":
+            loss = losses.kl(logits, temperature=1.0, **inputs)
+        else:
+            loss = losses.logit_mse(logits, inputs["teacher_NK"], inputs["ids_NK"], mask)
+        loss.backward()
+        return loss.item(), logits.grad
+
+    rows = usable.nonzero().squeeze(1)
+    expected, expected_gradient = run(rows, torch.ones(3, dtype=torch.bool), poison=False)
+    found, gradient = run(torch.arange(N), usable, poison=True)
+    assert found == pytest.approx(expected)
+    torch.testing.assert_close(gradient[usable], expected_gradient)
+    assert (gradient[~usable] == 0).all()
+    nothing, gradient = run(torch.arange(N), torch.zeros(N, dtype=torch.bool), poison=True)
+    assert nothing == 0 and (gradient == 0).all()
+
+
+def test_sums_over_chunks_add_up() -> None:
+    student, _, cached = example()
+    whole = losses.kl(torch.from_numpy(student), temperature=1.0, **cached)
+    parts = [
+        losses.kl(torch.from_numpy(student[n : n + 2]), temperature=1.0, **{k: v[n : n + 2] for k, v in cached.items()})
+        for n in range(0, N, 2)
+    ]
+    assert sum(parts).item() == pytest.approx(whole.item())
+
+
+@pytest.mark.parametrize("component", ["logit_mse", "kl"])
+def test_rows_shifted_by_one_do_not_vanish(component: str) -> None:
+    """The control of the alignment: the teacher's own logits are a perfect student, one place on they are not."""
+    _, teacher, cached = example()
+
+    def loss(logits: Tensor) -> float:
+        if component == "kl":
+            return losses.kl(logits, temperature=1.0, **cached).item()
+        return losses.logit_mse(logits, cached["teacher_NK"], cached["ids_NK"], cached["usable_N"]).item()
+
+    assert loss(torch.from_numpy(teacher)) == pytest.approx(0, abs=1e-12)
+    assert loss(torch.from_numpy(np.roll(teacher, 1, axis=0))) > 1.0
