@@ -19,6 +19,7 @@ from pipeline.errors import ModelError
 from pipeline.recipe import Recipe
 
 EMBEDDED_DIR = Path(__file__).parent / "pocket" / "weights"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,6 +98,12 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer that comes with a model. Raises ModelError where there is none that can be read."""
     from transformers import AutoTokenizer
 
+    if source.is_folder and not any((Path(source.location) / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make up an empty one of the model's family, without a word
+        raise ModelError(
+            f"model {source.location}: it has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
+            "save the model's own one beside its weights"
+        )
     try:
         return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

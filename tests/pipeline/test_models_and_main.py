@@ -1,0 +1,106 @@
+"""Finding models, and the front door's small commands."""
+
+import subprocess
+import sys
+
+import pytest
+import toys
+
+from pipeline.__main__ import main
+from pipeline.errors import ModelError, RecipeError, unknown_name
+from pipeline.models import ModelSource, load_causal_lm, load_tokenizer, locate, vocabulary
+from pipeline.progress import progress
+from pipeline.recipe import describe_keys, load_recipe, recipe_names
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("embedded:nothing", "no such embedded model; there are: .*embedded:decoder"),
+        ("./nowhere", "no such folder, and not a Hub name"),
+        ("a/b/c", "no such folder, and not a Hub name"),
+        ("qwen", "no such folder, and not a Hub name"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name, words):
+    with pytest.raises(ModelError, match=words):
+        locate(name)
+
+
+def test_the_hub_without_a_network_says_what_to_do_instead(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"model nobody/nothing: neither the Hub nor its local cache.*give a folder"):
+        locate("nobody/nothing")
+
+
+def test_a_folders_identity_is_its_content(tmp_path):
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    toys.tiny_qwen3(one, seed=0)
+    toys.tiny_qwen3(same, seed=0)
+    toys.tiny_qwen3(other, seed=1)
+    identities = [ModelSource(str(folder), None).identity() for folder in (one, same, other)]
+    assert identities[0] == identities[1] != identities[2]
+    assert ModelSource("owner/name", "abc").identity() == "owner/name@abc"
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    import torch
+
+    toys.tiny_qwen3(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded as a causal model"):
+        load_causal_lm(ModelSource(str(tmp_path), None), "float32", "none", torch.device("cpu"))
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    toys.tiny_qwen3(tmp_path)
+    with pytest.raises(ModelError, match="it has no tokenizer"):
+        load_tokenizer(ModelSource(str(tmp_path), None))
+
+
+def test_the_vocabulary_is_as_long_as_the_head(tmp_path):
+    tokenizer = toys.tiny_tokenizer(tmp_path)
+    texts = vocabulary(tokenizer, 400)
+    assert len(texts) == 400 and texts[399] is None
+    assert texts[tokenizer("7", add_special_tokens=False)["input_ids"][0]] == "7"
+
+
+def test_show_and_recipes(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in recipe_names())
+    assert main(["show", "--keys"]) == 0
+    keys = capsys.readouterr().out
+    assert all(key in keys for key, *_ in describe_keys())
+    assert main(["show", "--recipe", "gsm8k-qwen3", "--set", "train.lr=1e-3", "--field", "train.lr"]) == 0
+    assert capsys.readouterr().out.strip() == "0.001"
+    with pytest.raises(RecipeError, match="unknown key 'lrr'"):
+        main(["show", "--recipe", "gsm8k-qwen3", "--field", "train.lrr"])
+
+
+def test_what_show_prints_is_a_recipe(tmp_path, capsys):
+    assert main(["show", "--recipe", "gsm8k-qwen3"]) == 0
+    (tmp_path / "copy.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "copy.yaml")) == load_recipe("gsm8k-qwen3")
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, pipeline.__main__; print(sorted({'torch', 'pydantic', 'yaml', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_names_are_suggested():
+    assert unknown_name("recipe", "pokcet", ["pocket", "other"]).startswith(
+        "unknown recipe 'pokcet'. Did you mean 'pocket'?"
+    )
+    assert "Did you mean" not in unknown_name("recipe", "zzz", ["pocket"])
+
+
+def test_progress_in_a_log_is_whole_lines(capsys):
+    with progress("work", 10, "things", done=4) as bar:
+        bar.advance(6, note="loss 1.5")
+    out = capsys.readouterr().out
+    assert out.endswith("\n") and "\r" not in out
+    assert "work: 100%" in out.splitlines()[-1] and "10/10" in out and "loss 1.5" in out
