@@ -1,0 +1,289 @@
+"""What is generated, what is found again, and what a checkpoint is chosen on. The engine counts what it is asked."""
+
+import json
+import shutil
+
+import pytest
+import toys
+from toy_adapters import write_checkpoint
+
+from pipeline.errors import RunError
+from pipeline.run_dir import RunDir
+from stage3_eval import evaluate
+from stage3_eval.evaluate import HELD_OUT, StudentRun
+from stage3_eval.generate import HFEngine
+
+
+class Counting(HFEngine):
+    """The real engine, which remembers how many prompts it answered with which adapter."""
+
+    asked: list
+
+    def generate(self, prompts, adapter, max_new_tokens, end_id):
+        self.asked.append((adapter and f"{adapter.parent.parent.name}@{int(adapter.name[5:])}", len(prompts)))
+        return super().generate(prompts, adapter, max_new_tokens, end_id)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """Prompts answered, as (adapter, count), in order."""
+    counted: list = []
+    load = evaluate.load_engine
+
+    def counting(recipe, student, source, longest):
+        engine = load(recipe, student, source, longest)
+        engine.__class__ = Counting
+        engine.asked = counted
+        return engine
+
+    monkeypatch.setattr(evaluate, "load_engine", counting)
+    return counted
+
+
+def totals(asked) -> dict:
+    found: dict = {}
+    for adapter, count in asked:
+        found[adapter] = found.get(adapter, 0) + count
+    return found
+
+
+def evaluated(run, *overrides, rescore=False):
+    return StudentRun(run.recipe(*overrides), "toy", ["--recipe", "tiny"], rescore).evaluate()
+
+
+def test_every_condition_answers_every_example_once(run, asked):
+    found = evaluated(run)
+    assert totals(asked) == {None: 16, "sft@2": 8, "sft@4": 8, "distill@2": 8, "distill@4": 8}
+    assert found.headline == {"sft": 4, "distill": 4}
+    assert {key for key, answers in found.answers.items() if len(answers) == 8} == {
+        (name, "test") for name in ("zero_shot", "few_shot", "sft@2", "sft@4", "distill@2", "distill@4")
+    }
+    texts = {name: [p.prediction for p in answers.values()] for (name, _), answers in found.answers.items()}
+    assert len({tuple(text) for text in texts.values()}) == 6  # six conditions, six different sets of answers
+
+
+def test_what_is_there_is_not_generated_again_and_no_model_is_loaded(run, monkeypatch, capsys):
+    first = evaluated(run)
+    monkeypatch.setattr(evaluate, "load_engine", lambda *_: pytest.fail("a model was loaded"))
+    again = evaluated(run)
+    assert again.answers == first.answers
+    assert "all 48 answers are there; no model is loaded" in capsys.readouterr().out
+
+
+def test_the_curve_is_scored_on_the_first_examples_and_extended_later(run, asked):
+    short = evaluated(run, "eval.curve_limit=3")
+    assert totals(asked) == {None: 16, "sft@4": 8, "distill@4": 8, "sft@2": 3, "distill@2": 3}
+    assert [e.id for e in short.curve["test"]] == [e.id for e in short.examples["test"][:3]]
+    before = dict(short.answers["sft@2", "test"])
+    asked.clear()
+    whole = evaluated(run, "eval.curve_limit=8")
+    assert totals(asked) == {"sft@2": 5, "distill@2": 5}
+    assert before.items() <= whole.answers["sft@2", "test"].items()
+    asked.clear()
+    evaluated(run, "eval.curve_limit=5")
+    assert asked == []
+
+
+def test_another_adapter_makes_its_predictions_stale(run, asked):
+    old = evaluated(run).answers["sft@2", "test"]
+    asked.clear()
+    checkpoint = RunDir.of(run.recipe()).arm("toy", "sft").checkpoint(2)
+    shutil.rmtree(checkpoint)
+    write_checkpoint(RunDir.of(run.recipe()), "sft", 2, run.model, seed=99)
+    new = evaluated(run).answers["sft@2", "test"]
+    assert totals(asked) == {"sft@2": 8}
+    assert old != new
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("teacher.shot_seed=5", {None: 8}),  # the worked examples stand before the few-shot prompts alone
+        ("teacher.shots=1", {None: 8}),
+        ("eval.max_new_tokens=5", {None: 16, "sft@2": 8, "sft@4": 8, "distill@2": 8, "distill@4": 8}),
+        ("eval.batch_size=3", {}),
+        ("data.eval_limit=4", {}),
+        ("train.micro_batch_size=4", {}),
+    ],
+)
+def test_only_what_changes_a_text_makes_it_stale(run, asked, override, expected):
+    evaluated(run)
+    asked.clear()
+    evaluated(run, override)
+    assert totals(asked) == expected
+
+
+def test_a_changed_question_is_answered_again(run, asked, tmp_path):
+    data = tmp_path / "data"
+    rows = toys.rows(8, start=100)
+    toys.write_jsonl(data / "gsm8k" / "train.jsonl", toys.rows(24))
+    toys.write_jsonl(data / "gsm8k" / "test.jsonl", rows)
+    evaluated(run, f"data.dir={data}", "eval.baselines=[zero_shot]")
+    asked.clear()
+    rows[2]["question"] = "How many are two and two?"
+    toys.write_jsonl(data / "gsm8k" / "test.jsonl", rows)
+    evaluated(run, f"data.dir={data}", "eval.baselines=[zero_shot]")
+    assert totals(asked) == {None: 1, "sft@2": 1, "sft@4": 1, "distill@2": 1, "distill@4": 1}
+
+
+def test_an_interrupted_run_keeps_what_it_finished(run, asked, monkeypatch):
+    real = HFEngine.generate
+
+    def dies(self, prompts, adapter, *rest):
+        if adapter is not None and adapter.name == "step-000002":
+            raise KeyboardInterrupt
+        return real(self, prompts, adapter, *rest)
+
+    monkeypatch.setattr(HFEngine, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(run)
+    monkeypatch.setattr(HFEngine, "generate", real)
+    asked.clear()
+    evaluated(run)
+    assert totals(asked) == {"sft@2": 8, "distill@2": 8}
+
+
+def test_a_checkpoint_is_chosen_on_held_out_rows_and_never_on_test(run, asked, monkeypatch):
+    """The scores are decided here: on held-out rows step 2 wins, on test step 4 would."""
+    seen = []
+
+    def decided(examples, answers, where):
+        seen.extend(example.id for example in examples)
+        return {"sft@2": 0.5, "sft@4": 0.5, "distill@2": 0.1, "distill@4": 0.9}[where]
+
+    monkeypatch.setattr(evaluate, "_headline_mean", decided)
+    found = evaluated(run, "eval.select=held_out", "data.held_out=6", "eval.curve_limit=3")
+    assert found.headline == {"sft": 2, "distill": 4}  # of equals the earliest
+    held_out = {e.id for e in StudentRun(run.recipe("data.held_out=6"), "toy", []).examples(HELD_OUT)}
+    assert set(seen) == held_out
+    assert len(held_out) == 6
+    assert all(i.startswith("train/") for i in held_out)
+    assert totals(asked) == {None: 16, "sft@2": 6 + 8, "sft@4": 6 + 3, "distill@2": 6 + 3, "distill@4": 6 + 8}
+    assert found.held_out["distill"] == {2: 0.1, 4: 0.9}
+
+
+def test_held_out_accuracy_is_the_first_metric_of_the_held_out_answers(run):
+    found = evaluated(run, "eval.select=held_out", "data.held_out=6")
+    assert set(found.held_out["sft"]) == {2, 4}
+    assert all(0.0 <= value <= 1.0 for steps in found.held_out.values() for value in steps.values())
+    assert len(found.answers["sft@2", HELD_OUT]) == 6
+
+
+def test_the_curve_keeps_each_tasks_share(run):
+    from pipeline.tasks import Example
+
+    student = StudentRun(run.recipe("eval.curve_limit=6"), "toy", [])
+    student._splits["test"] = tuple(
+        Example(f"test/{task}{i}", task, "?", "!") for task, n in (("a", 8), ("b", 4)) for i in range(n)
+    )
+    assert [e.id for e in student.curve_examples("test")] == [
+        "test/a0", "test/a1", "test/a2", "test/a3", "test/b0", "test/b1",
+    ]  # fmt: skip
+
+
+def test_rescoring_needs_neither_model_nor_checkpoints(run, tmp_path, asked):
+    first = evaluated(run)
+    asked.clear()
+    shutil.rmtree(run.folder / "students")
+    missing = f"students.toy.model={tmp_path / 'gone'}"
+    found = evaluated(run, missing, rescore=True)
+    assert asked == []
+    assert found.answers == first.answers
+    assert found.headline == {"sft": 4, "distill": 4}
+
+
+def test_rescoring_says_what_is_missing(run):
+    with pytest.raises(RunError, match="--rescore: toy has no predictions"):
+        evaluated(run, rescore=True)
+    evaluated(run, "eval.curve_limit=3")
+    with pytest.raises(RunError, match=r"toy/sft@2 lacks 5 of 8 predictions on test .* without --rescore"):
+        evaluated(run, rescore=True)
+    with pytest.raises(RunError, match=r"toy/zero_shot has no predictions on validation"):
+        evaluated(run, "eval.splits=[validation]", f"data.dir={validation_rows(run)}", rescore=True)
+
+
+def validation_rows(run):
+    data = run.folder.parent / "data"
+    for split in ("train", "validation"):
+        toys.write_jsonl(data / "gsm8k" / f"{split}.jsonl", toys.rows(24))
+    return data
+
+
+def test_arms_without_checkpoints_are_said_with_the_command(run):
+    shutil.rmtree(run.folder / "students" / "toy" / "distill")
+    shutil.rmtree(RunDir.of(run.recipe()).arm("toy", "sft").checkpoint(4))
+    student = StudentRun(run.recipe(), "toy", ["--recipe", "tiny"])
+    assert [arm.name for arm in student.arms] == ["sft"]
+    assert student.notes == [
+        "toy/sft: trained to step 2 of 4 so far; to go on: python -m stage2_student --recipe tiny",
+        "toy/distill: no checkpoint yet; to train it: python -m stage2_student --recipe tiny",
+    ]
+
+
+def test_a_checkpoint_still_being_written_is_not_seen(run):
+    arm = RunDir.of(run.recipe()).arm("toy", "sft")
+    (arm.checkpoint(4) / "state.json").unlink()
+    student = StudentRun(run.recipe(), "toy", [])
+    assert list(student.arms[0].checkpoints) == [2]
+
+
+def test_an_arm_trained_with_other_settings_is_refused(run):
+    identity = RunDir.of(run.recipe()).arm("toy", "sft").identity
+    recipe = run.recipe()
+    identity.write_text(
+        json.dumps(
+            {
+                "cache": "f" * 64,
+                "train": recipe.train.model_dump(mode="json", exclude={"micro_batch_size"}),
+                "losses": {"ce": 1.0, "logit_mse": 0.0, "kl": 0.0},
+                "student": {"dtype": "float32", "lora": recipe.students["toy"].lora.model_dump(mode="json")},
+            }
+        )
+    )
+    assert StudentRun(recipe, "toy", []).arms[0].trained_with["cache"] == "f" * 64
+    with pytest.raises(RunError, match=r"train.lr: trained with 0.001, the recipe says 0.5"):
+        StudentRun(run.recipe("train.lr=0.5"), "toy", [])
+    with pytest.raises(RunError, match=r"arms.sft.ce: trained with 1.0, the recipe says 2.0"):
+        StudentRun(run.recipe("arms.sft.ce=2.0"), "toy", [])
+    with pytest.raises(RunError, match=r"students.toy.alpha: trained with 8, the recipe says 9"):
+        StudentRun(run.recipe("students.toy.lora.alpha=9"), "toy", [])
+
+
+def test_an_arm_trained_on_other_weights_is_refused(run, tmp_path):
+    from pipeline.models import locate
+
+    identity = RunDir.of(run.recipe()).arm("toy", "sft").identity
+    identity.write_text(json.dumps({"student": {"weights": locate(str(run.model)).identity()}}))
+    evaluated(run, "eval.max_new_tokens=1")
+    other = tmp_path / "other"
+    toys.tiny_qwen3(other, seed=5)
+    toys.tiny_tokenizer(other)
+    with pytest.raises(RunError, match="toy/sft was trained on other weights"):
+        evaluated(run, f"students.toy.model={other}")
+
+
+def test_a_damaged_adapter_is_not_scored(run):
+    adapter = RunDir.of(run.recipe()).arm("toy", "sft").checkpoint(4) / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(RunError, match="it is not what was written"):
+        evaluated(run)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 4}', '{"step": 3, "adapter_sha256": "ab"}'])
+def test_a_damaged_state_is_named(run, content):
+    (RunDir.of(run.recipe()).arm("toy", "sft").checkpoint(4) / "state.json").write_text(content)
+    with pytest.raises(RunError, match=r"state\.json"):
+        StudentRun(run.recipe(), "toy", [])
+
+
+def test_prompts_longer_than_the_window_are_refused(run):
+    with pytest.raises(RunError, match=r"the model reads 512\s*at most"):
+        evaluated(run, "eval.max_new_tokens=500")
+
+
+@pytest.mark.parametrize("place", ["students", "students/toy", "students/toy/sft/checkpoints"])
+def test_a_file_in_place_of_a_folder_is_said(run, place):
+    shutil.rmtree(run.folder / place)
+    (run.folder / place).write_text("")
+    with pytest.raises(RunError, match="found a file, expected a folder"):
+        StudentRun(run.recipe(), "toy", [])
