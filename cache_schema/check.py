@@ -48,28 +48,29 @@ def _shape_problem(row: CacheRow, manifest: Manifest) -> str | None:
     n, k, t = len(row.answer_ids), manifest.top_k, len(manifest.temperatures)
     if n == 0:
         return "no positions; an example without an answer token is quarantined, not written"
-    expected: list[tuple[str, type[np.generic], tuple[int, ...] | None]] = [
-        ("answer_ids", np.int32, (n,)),
-        ("answer_offsets", np.int32, (n, 2)),
-        ("status", np.uint8, (n,)),
-        ("top_logit", np.float32, (n,)),
-        ("logits", np.float32, (n, k)),
-        ("token_ids", np.int32, (n, k) if manifest.store_ids else None),
-        ("logsumexp", np.float32, (n, t)),
-        ("log_tail", np.float32, (n, t) if manifest.stores_tail else None),
-    ]
-    for name, dtype, shape in expected:
-        array: NDArray[Any] | None = getattr(row, name)
-        want = "None" if shape is None else f"{np.dtype(dtype)}{list(shape)}"
-        if array is None:
-            found = "None"
-        elif not isinstance(array, np.ndarray):
-            found = type(array).__name__
-        else:
-            found = f"{array.dtype}{list(array.shape)}"
+    expected: dict[str, tuple[type[np.generic], tuple[int, ...]] | None] = {
+        "answer_ids": (np.int32, (n,)),
+        "answer_offsets": (np.int32, (n, 2)),
+        "status": (np.uint8, (n,)),
+        "top_logit": (np.float32, (n,)),
+        "logits": (np.float32, (n, k)),
+        "token_ids": (np.int32, (n, k)) if manifest.store_ids else None,
+        "logsumexp": (np.float32, (n, t)),
+        "log_tail": (np.float32, (n, t)) if manifest.stores_tail else None,
+    }
+    for name, want in expected.items():
+        value = getattr(row, name)
+        found = (value.dtype, value.shape) if isinstance(value, np.ndarray) else value
         if found != want:
-            return f"{name} is {found}, expected {want}"
+            return f"{name} is {_described(found)}, expected {_described(want)}"
     return None
+
+
+def _described(array: Any) -> str:
+    """(float32, (5, 8)) as `float32[5, 8]`; anything else by its type."""
+    if isinstance(array, tuple):
+        return f"{np.dtype(array[0])}{list(array[1])}"
+    return "None" if array is None else type(array).__name__
 
 
 def _position_problem(row: CacheRow, manifest: Manifest) -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
-import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from cache_schema.verify import verify
 
 TOYS = Path(__file__).with_name("conftest.py")
 PRELUDE = f"""
-import importlib.util, os, signal, sys
+import importlib.util, os, signal, sys, time
 from pathlib import Path
 spec = importlib.util.spec_from_file_location("toys_of_the_cache", {str(TOYS)!r})
 module = sys.modules["toys_of_the_cache"] = importlib.util.module_from_spec(spec)
@@ -33,8 +34,19 @@ Toy = module.Toy
 
 
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    code = PRELUDE + textwrap.dedent(script)
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", PRELUDE + script, *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and standard error; the process is gone afterwards, whatever happened."""
+    with process:
+        try:
+            _, errors = process.communicate(timeout=200)
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, errors
 
 
 def contents(cache: Path) -> dict[str, bytes]:
@@ -55,6 +67,8 @@ def counted(function, last):
         return function(*arguments, **keywords)
     return call
 
+os.fsync = lambda fd: None  # for power cuts, not for kills
+__import__("pyarrow").array([""])  # imports pandas if it is there: once, here, and not in every child
 toy = Toy(examples=2, shard_examples=1)
 for last in range(1000):
     child = os.fork()
@@ -63,18 +77,19 @@ for last in range(1000):
             setattr(os, name, counted(getattr(os, name), last))
         toy.build(Path(sys.argv[1]) / str(last))
         os._exit(0)
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
-        break
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != -signal.SIGKILL:
+        sys.exit(code)
 """
 
 
-def test_killed_at_every_step_then_resumed(make_toy, tmp_path):
+def test_killed_at_every_step_then_resumed(make_toy, tmp_path, monkeypatch):
     """SIGKILL before each call that touches the disk, one run each: a second run always ends the same."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
     toy = make_toy(examples=2, shard_examples=1)
     clean = contents(toy.build(tmp_path / "clean"))
-    process = start(KILLED_AT, tmp_path)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    code, errors = finish(start(KILLED_AT, tmp_path))
+    assert code == 0, errors
     killed = sorted(tmp_path.glob("[0-9]*"), key=lambda path: int(path.name))
     orphans = []
     for folder in killed:
@@ -111,6 +126,27 @@ def test_killed_between_data_file_and_record(toy, tmp_path, monkeypatch):
     assert verify(tmp_path / "c").good
 
 
+def test_every_name_lasts_before_the_next_one_relies_on_it(toy, tmp_path, monkeypatch):
+    """The order that survives a power cut: bytes, name, folder of the data file; then the same of the record."""
+    writer = toy.writer(tmp_path / "c")
+    seen = []
+
+    def watched(name):
+        call = getattr(os, name)
+
+        def watch(first, *rest, **keywords):
+            kind = "" if name != "fsync" else " folder" if stat.S_ISDIR(os.fstat(first).st_mode) else " file"
+            seen.append(name + kind)
+            return call(first, *rest, **keywords)
+
+        monkeypatch.setattr(os, name, watch)
+
+    for name in ("fsync", "rename", "link"):
+        watched(name)
+    toy.commit(writer, 0)
+    assert seen == ["fsync file", "rename", "fsync folder", "fsync file", "link", "fsync folder"]
+
+
 # --- races -----------------------------------------------------------------------------------------------------------
 
 RACER = """
@@ -120,7 +156,7 @@ toy = Toy(examples=24, shard_examples=1)
 rows = [replace(toy.row(i), prompt=me) for i in range(24)]  # other bytes than anyone else's
 Path(f"{gate}-{me}").touch()
 while not gate.exists():
-    pass
+    time.sleep(0.001)
 writer = toy.writer(folder)
 for shard, row in enumerate(rows):
     writer.commit(shard, [row], [], {"writer": me})
@@ -132,12 +168,11 @@ def test_processes_race_for_every_record(make_toy, tmp_path):
     """Three processes create one cache and commit all of its shards at once, claims ignored: one winner a shard."""
     folder, gate = tmp_path / "c", tmp_path / "gate"
     racers = [start(RACER, folder, f"racer{i}", gate) for i in range(3)]
-    while len(list(tmp_path.glob("gate-*"))) < 3:
-        assert all(racer.poll() is None for racer in racers)
+    while len(list(tmp_path.glob("gate-*"))) < 3 and all(racer.poll() is None for racer in racers):
+        time.sleep(0.01)
     gate.touch()
-    for racer in racers:
-        _, errors = racer.communicate(timeout=120)
-        assert racer.returncode == 0, errors
+    for code, errors in map(finish, racers):
+        assert code == 0, errors
     report = verify(folder)
     assert report.good and report.complete and not report.orphans
     for record, row in zip(report.records, CacheReader.open(folder).rows(), strict=True):
@@ -377,9 +412,8 @@ except StorageError as error:
 
 
 def test_file_size_limit(make_toy, tmp_path):
-    process = start(LIMITED, tmp_path / "c")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and "File too large" in errors and "free there" in errors
+    code, errors = finish(start(LIMITED, tmp_path / "c"))
+    assert code == 2 and "File too large" in errors and "free there" in errors
     assert not list((tmp_path / "c").rglob(".tmp-*"))
     make_toy(examples=3, shard_examples=1, max_positions=400).build(tmp_path / "c")
 
