@@ -1,8 +1,8 @@
 """One Parquet file of the cache: its bytes from rows, and reading that believes nothing it has not checked.
 
 Called by writer (`encode_shard`), reader and verify (`ShardFile`). Plain Parquet: pandas, DuckDB and `datasets` open
-a shard without this package. Encodings were chosen by size at K=256 over a vocabulary of 151,936 with zstd 3, bytes a
-position: token_ids 566 split, 570 plain; gaps 132 delta-packed, 145 split, 222 plain. DuckDB reads all of them.
+a shard without this package. Encodings were chosen by size (`benchmarks/parquet_encodings.py`, bytes a position):
+token_ids 568 split, 573 plain, 604 delta-packed; gaps 133 delta-packed, 145 split, 221 plain. DuckDB reads all.
 """
 
 from __future__ import annotations
