@@ -108,7 +108,7 @@ def damaged(data: bytes, how: str) -> bytes:
 def test_damage_is_named_with_the_way_out(tmp_path, how):
     file = predictions.save(empty(tmp_path), [PREDICTION], {})
     file.path.write_bytes(damaged(file.path.read_bytes(), how))
-    with pytest.raises(RunError, match="remove it .* it is generated again"):
+    with pytest.raises(RunError, match=r"remove it .* it is generated again"):
         empty(tmp_path)
 
 
