@@ -64,3 +64,24 @@ def batch_of(
             document.is_answer.extend([False] * len(prompt) + [True] * (len(answer) + 1))
         documents.append(document)
     return documents
+
+
+def drills(tokenizer: PreTrainedTokenizerBase, problems: Iterator[Problem], count: int, size: int) -> list[Document]:
+    """`count` documents of calculations alone, those of `size` problems each: three times the arithmetic a token.
+
+    What counts as answer is what can be known: the results, the full stops and the end-of-sequence.
+    """
+    equals, stop = (tokenizer.convert_tokens_to_ids(token) for token in (" =", "."))
+    documents: list[Document] = []
+    for _ in range(count):
+        document = Document([], [])
+        encoded = tokenizer([" " + " ".join(problem.steps) for problem in itertools.islice(problems, size)])
+        for ids in encoded["input_ids"]:
+            known = False
+            for token in ids:
+                document.is_answer.append(known)
+                known = token == equals or (known and token != stop)
+            document.ids.extend([*ids, tokenizer.eos_token_id])
+            document.is_answer.append(True)
+        documents.append(document)
+    return documents

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.pocket.documents import MOST_PROBLEMS, Document, batch_of
+from pipeline.pocket.documents import MOST_PROBLEMS, Document, batch_of, drills
 from pipeline.pocket.problems import Problem, pretraining_problems
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 WINDOW = 640
 """Tokens the model is trained to read: nine worked problems fit; beyond the trained length everything collapses."""
 
-BARE_SENTENCE_SHARE = 0.07
+SENTENCE_SHARE = 0.07
 """Share of the documents without steps that answer in a sentence instead of `#### n`."""
 
 
@@ -50,7 +50,7 @@ class Settings:
     short_share: float = 0.4  # documents of 1 to 2, then 1 to 4 problems during this first share of the run
     weight_decay: float = 0.1
     question_weight: float = 0.1  # loss weight of a question's tokens (mostly chance); an answer's is 1
-    batch_tokens: int = 1300  # of either of the two batches of a step, roughly
+    batch_tokens: int = 900  # of either of the two batches of a step, roughly
     hidden: int = 128
     layers: int = 4
     intermediate: int = 384
@@ -92,21 +92,23 @@ def longest_document(progress: float, settings: Settings) -> int:
     return 4 if progress < settings.short_share else MOST_PROBLEMS
 
 
-def draw_documents(
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Iterator[Problem],
-    rng: random.Random,
-    worked: bool,
-    longest: int,
-    settings: Settings,
+def draw_worked(
+    tokenizer: PreTrainedTokenizerBase, problems: Iterator[Problem], rng: random.Random, longest: int, tokens: int
 ) -> list[Document]:
-    """About `batch_tokens` tokens of documents, all with the same number of problems."""
+    """About `tokens` tokens of worked documents, all with the same number of problems."""
     size = 1 + int(rng.random() * longest)
-    count = max(1, round(settings.batch_tokens / ((64 if worked else 40) * size)))
-    if worked:
-        styles = ["worked"] * count
-    else:
-        styles = ["sentence" if rng.random() < BARE_SENTENCE_SHARE else "bare" for _ in range(count)]
+    return batch_of(tokenizer, problems, ["worked"] * max(1, round(tokens / (64 * size))), size)
+
+
+def draw_others(
+    tokenizer: PreTrainedTokenizerBase, problems: Iterator[Problem], rng: random.Random, longest: int, tokens: int
+) -> list[Document]:
+    """About `tokens` tokens of drills, or of documents without steps; the latter are short for the most part."""
+    if rng.random() < (0.8 if longest < MOST_PROBLEMS else 0.4):
+        return drills(tokenizer, problems, max(1, round(tokens / 75)), 3)
+    size = 1 + int(rng.random() ** 2 * longest)
+    count = max(1, round(tokens / (40 * size)))
+    styles = ["sentence" if rng.random() < SENTENCE_SHARE else "bare" for _ in range(count)]
     return batch_of(tokenizer, problems, styles, size)
 
 
@@ -162,6 +164,7 @@ def pretrain(
     Returns the model and what was done: the settings, steps, tokens, seconds, last losses.
     """
     torch.manual_seed(settings.seed)
+    torch.set_num_threads(1)
     model = build_model(tokenizer, settings).train()
     parameters = list(model.parameters())
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
@@ -190,7 +193,8 @@ def pretrain(
                 batches = [
                     collate(documents, tokenizer.pad_token_id, settings.question_weight)
                     for documents in (
-                        draw_documents(tokenizer, problems, rng, worked, longest, settings) for worked in (True, False)
+                        draw(tokenizer, problems, rng, longest, settings.batch_tokens)
+                        for draw in (draw_worked, draw_others)
                     )
                 ]
                 total_weight = torch.stack([batch.weight_BL[:, 1:].sum() for batch in batches]).sum()

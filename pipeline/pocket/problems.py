@@ -2,7 +2,7 @@
 
 Called by `pipeline.tasks.pocket_math` (the splits) and `pipeline.pocket.documents` (the pre-training stream).
 
-A problem is a short story about one growing and shrinking pile, three or four calculations long:
+A problem is a short story about one growing and shrinking pile, two or three calculations long:
 
     Tom has 6 boxes of 14 pens. He loses 27. Ana brings 45 more. How many pens has Tom now?
     6 * 14 = 84. 84 - 27 = 57. 57 + 45 = 102.
@@ -29,7 +29,7 @@ CONTAINERS = ("boxes", "bags", "packs")
 LENGTHS = (2, 3, 3)
 """How many calculations a problem takes; doubled entries are twice as frequent."""
 
-LARGEST = 299
+LARGEST = 199
 """No number of a story or of its calculations is larger."""
 
 SPLIT_SEEDS = {"test": 101, "validation": 102, "train": 103}
@@ -101,36 +101,36 @@ class _Story:
 
 
 def _start_plain(story: _Story) -> None:
-    story.pile = story.between(11, 99)
+    story.pile = story.between(21, 99)
     story.say("{name} has {n} {thing}.", "{name} starts with {n} {thing}.", n=story.pile)
 
 
 def _start_packs(story: _Story) -> None:
-    count, each = story.between(3, 9), story.between(6, 25)
+    count, each = story.between(2, 6), story.between(4, 19)
     story.pile = story.calculate(count, "*", each)
     story.say("{name} has {k} {packs} of {m} {thing}.", "{name} gets {m} {thing} a day for {k} days.", k=count, m=each)
 
 
 def _add(story: _Story) -> None:
-    more = story.between(11, 99)
+    more = story.between(11, 79)
     story.pile = story.calculate(story.pile, "+", more)
     story.say("{he} finds {n} more.", "{he} buys {n} more.", "{friend} brings {n} more.", n=more)
 
 
 def _take(story: _Story) -> None:
-    fewer = story.between(11, 99)
+    fewer = story.between(11, 79)
     story.pile = story.calculate(story.pile, "-", fewer)
     story.say("{he} loses {n}.", "{he} sells {n}.", "{he} gives {n} to {friend}.", n=fewer)
 
 
 def _add_packs(story: _Story) -> None:
-    count, each = story.between(3, 9), story.between(6, 25)
+    count, each = story.between(2, 6), story.between(4, 19)
     story.pile = story.calculate(story.pile, "+", story.calculate(count, "*", each))
     story.say("{he} buys {k} {packs} of {m}.", "{friend} brings {k} {packs} of {m}.", k=count, m=each)
 
 
 def _take_packs(story: _Story) -> None:
-    count, each = story.between(3, 9), story.between(6, 25)
+    count, each = story.between(2, 6), story.between(4, 19)
     story.pile = story.calculate(story.pile, "-", story.calculate(count, "*", each))
     story.say("{he} sells {k} {packs} of {m}.", "{he} gives {m} to each of {k} friends.", k=count, m=each)
 
@@ -140,19 +140,19 @@ def _ask_pile(story: _Story) -> None:
 
 
 def _ask_times(story: _Story) -> None:
-    factor = story.between(2, 5)
+    factor = story.between(2, 4)
     story.pile = story.calculate(story.pile, "*", factor)
     story.say("{other} has {k} times as many. How many {thing} has {other}?", k=factor)
 
 
 def _ask_share(story: _Story) -> None:
-    piles = story.between(2, 9)
+    piles = story.between(2, 6)
     story.pile = story.calculate(story.pile, "/", piles)
     story.say("{he} makes {k} equal piles. How many {thing} in each?", k=piles)
 
 
 def _ask_together(story: _Story) -> None:
-    gap = story.between(11, 49)
+    gap = story.between(5, 30)
     sign, word = story.pick((("+", "more"), ("-", "fewer")))
     story.pile = story.calculate(story.pile, "+", story.calculate(story.pile, sign, gap))
     story.say(f"{{other}} has {{n}} {word}. How many {{thing}} have they together?", n=gap)
@@ -165,7 +165,7 @@ ENDS = ((_ask_pile, 0), (_ask_pile, 0), (_ask_times, 1), (_ask_share, 1), (_ask_
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """One problem of three or four calculations, drawn until every number fits."""
+    """One problem, drawn until every number fits."""
     while True:
         story = _Story(rng)
         length = story.pick(LENGTHS)
