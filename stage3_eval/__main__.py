@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.student is not None and args.student not in recipe.students:
         raise RunError(f"--student {args.student}: {unknown_name('student', args.student, recipe.students)}")
 
+    from pipeline.run_dir import RunDir
     from stage3_eval.evaluate import StudentRun
     from stage3_eval.report import write_report
 
@@ -44,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{table}")
     for path in pictures:
         print(f"picture  {path}")
-    folder = pictures[0].parent if pictures else "(no pictures)"
-    print(f"report   {folder}: results.json, table.md; scored in {time.monotonic() - started:.0f} s")
+    print(f"report   {RunDir.of(recipe).report}: results.json, table.md; done in {time.monotonic() - started:.0f} s")
     return 0
 
 

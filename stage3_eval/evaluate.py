@@ -249,7 +249,7 @@ class StudentRun:
         end_id = self._prompts.end_id
         assert end_id is not None  # PromptBuilder refuses a tokenizer without one
         _check_adapter(condition)
-        written_by = {**provenance(), "engine": self.recipe.eval.engine, "batch_size": self.recipe.eval.batch_size}
+        written_by = {**provenance(), **engine.provenance}
         ids = {example.id: self._prompt_ids(condition, example) for example in examples}
         ordered = sorted(examples, key=lambda e: len(ids[e.id]), reverse=True)
         fresh: list[Prediction] = []

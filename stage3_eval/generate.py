@@ -32,9 +32,13 @@ class Generated(NamedTuple):
 
 
 class Engine(Protocol):
-    """What answers prompts. `chunk`: how many prompts are worth handing over at once."""
+    """What answers prompts.
+
+    chunk: how many prompts are worth handing over at once. provenance: what a prediction file says wrote it.
+    """
 
     chunk: int
+    provenance: dict[str, Any]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], adapter: Path | None, max_new_tokens: int, end_id: int
@@ -83,6 +87,7 @@ class HFEngine:
     def __init__(self, model: Any, batch_size: int) -> None:
         self.batch_size = batch_size
         self.chunk = batch_size
+        self.provenance: dict[str, Any] = {"engine": "hf", "batch_size": batch_size}
         self._base = model
         self._peft: Any = None
         self._loaded: tuple[Path, str] | None = None  # the adapter in memory: its folder, its name in peft

@@ -53,6 +53,7 @@ class VLLMEngine:
         check_window(_window(source), longest)
         self._requests: dict[Path, Any] = {}
         self._vllm = vllm
+        self.provenance: dict[str, Any] = {"engine": "vllm", "vllm": vllm.__version__}
         self._llm: Any = vllm.LLM(
             model=source.location,
             revision=source.revision,
