@@ -91,6 +91,7 @@ def fill(experiment: Any, command: Sequence[str]) -> int:
             experiment.training_set.shots,
             recipe.cache.top_k,
             recipe.cache.temperatures,
+            recipe.cache.step,
             recipe.runtime.batch_tokens,
         )
         todo = sum(len(examples[s * manifest.shard_examples :][: manifest.shard_examples]) for s in missing)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache_schema.codec import usable_positions
 from cache_schema.schema import CacheRow, QuarantinedExample, Status
 from cache_schema.writer import CacheWriter
 from pipeline.data import Shots
@@ -29,13 +30,18 @@ class OutOfMemory(UserError):
 
 @dataclass(frozen=True)
 class Capture:
-    """What is needed to turn one shard's examples into rows. batch_tokens: own tokens of a batch, padding included."""
+    """What is needed to turn one shard's examples into rows.
+
+    step: the quantisation step, in logits: a logit too far below the top one to be stored makes its position unusable.
+    batch_tokens: own tokens of a batch, padding included.
+    """
 
     teacher: Teacher
     prompts: PromptBuilder
     shots: Shots
     top_k: int
     temperatures: Sequence[float]
+    step: float
     batch_tokens: int
 
     def shard(
@@ -128,16 +134,17 @@ class Capture:
         answer_ids = np.asarray(job.encoded.answer_ids, dtype=np.int32)
         n, read = len(answer_ids), len(kept.finite_N)
         status = np.full(n, Status.CUT, dtype=np.uint8)
-        status[:read] = np.where(kept.finite_N.numpy(), Status.USABLE, Status.NOT_FINITE)
-        unknown = self.prompts.tokenizer.unk_token_id
-        if unknown is not None and unknown != self.prompts.end_id and (answer_ids == unknown).any():
-            status[int((answer_ids == unknown).argmax()) :] = Status.UNKNOWN_TOKEN
 
         def padded(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
             array = tensor.numpy()
             return np.concatenate([array, np.zeros((n - read, *array.shape[1:]), dtype=array.dtype)])
 
-        logits = padded(kept.logits_NK)
+        logits, logsumexp = padded(kept.logits_NK), padded(kept.logsumexp_NT)
+        log_tail = None if kept.log_tail_NT is None else padded(kept.log_tail_NT)
+        usable = usable_positions(logits[:, 0], logits, logsumexp, log_tail, self.step)[:read] & kept.finite_N.numpy()
+        status[:read] = np.where(usable, Status.USABLE, Status.NOT_FINITE)
+        if (answer_ids == self._unknown_id).any():
+            status[int((answer_ids == self._unknown_id).argmax()) :] = Status.UNKNOWN_TOKEN
         return CacheRow(
             example_id=job.example.id,
             task=job.example.task,
@@ -150,9 +157,15 @@ class Capture:
             top_logit=logits[:, 0].copy(),
             logits=logits,
             token_ids=padded(kept.token_ids_NK).astype(np.int32),
-            logsumexp=padded(kept.logsumexp_NT),
-            log_tail=None if kept.log_tail_NT is None else padded(kept.log_tail_NT),
+            logsumexp=logsumexp,
+            log_tail=log_tail,
         )
+
+    @property
+    def _unknown_id(self) -> int:
+        """The id of a text the tokenizer does not know, -1 where it knows all (or ends its turns with it, as GPT-2)."""
+        unknown = self.prompts.tokenizer.unk_token_id
+        return -1 if unknown is None or unknown == self.prompts.end_id else int(unknown)
 
 
 @dataclass(frozen=True)

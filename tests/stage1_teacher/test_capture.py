@@ -48,7 +48,7 @@ def prompts(tmp_path_factory):
 
 
 def capture(teacher, prompts, shots=NO_SHOTS, batch_tokens=4096):
-    return Capture(teacher, prompts, shots, 8, [1.0], batch_tokens)
+    return Capture(teacher, prompts, shots, 8, [1.0], 0.015625, batch_tokens)
 
 
 def test_row_t_is_read_one_place_before_answer_token_t(prompts):
@@ -129,6 +129,17 @@ def test_nan_logits_are_a_status_not_a_number(prompts):
     (row,), _ = capture(Broken(), prompts).shard(examples(1))
     assert row.status[3] == Status.NOT_FINITE and (np.delete(row.status, 3) == Status.USABLE).all()
     assert np.isfinite(row.logits).all() and np.isfinite(row.logsumexp).all()
+
+
+def test_a_logit_too_far_down_to_be_stored_makes_its_position_unusable(prompts):
+    class Steep(CountingTeacher):
+        def answer_logits(self, batch, context_ids):
+            for chunk in super().answer_logits(batch, context_ids):
+                chunk[2] *= 1e7
+                yield chunk
+
+    (row,), _ = capture(Steep(), prompts).shard(examples(1))
+    assert row.status[2] == Status.NOT_FINITE and (np.delete(row.status, 2) == Status.USABLE).all()
 
 
 def manifest_for(count, shard_examples, vocabulary):
