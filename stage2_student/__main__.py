@@ -28,15 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     experiment = Experiment(recipe)
     arms = plan(experiment, args.student, args.arm)
     left = [arm for arm in arms if arm.done < recipe.train.steps]
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    several = recipe.runtime.processes > 1 and "WORLD_SIZE" not in os.environ
+    if int(os.environ.get("RANK", "0")) == 0 and not (left and several):
         for arm in arms:
             state = "done" if arm not in left else f"to go on from step {arm.done}" if arm.done else "to be trained"
             print(f"{arm.label}: {state} ({recipe.train.steps} steps) {arm.folder.root}", flush=True)
     if not left:
         return 0
     reader = CacheReader.open(experiment.cache_dir, expect=experiment.identity)
-    if recipe.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
+    if several:
         chosen = [part for name in ("student", "arm") if (v := getattr(args, name)) for part in (f"--{name}", v)]
         return _in_processes(recipe.runtime.processes, [*recipe_arguments(args), *chosen])
 
@@ -51,6 +51,7 @@ def _in_processes(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
         torchrun(["--standalone", f"--nproc_per_node={count}", "-m", "stage2_student", *arguments])
     except ChildFailedError as error:

@@ -5,18 +5,20 @@ another identity is refused there, never mixed. How many processes share the wor
 device, changes sums by rounding only and is provenance: kept in each checkpoint's state.json.
 """
 
+import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from cache_schema.manifest import differences
-from pipeline.errors import ModelError, RunError, unknown_name
+from pipeline.errors import ModelError, RecipeError, RunError, unknown_name
 from pipeline.fingerprint import Experiment
 from pipeline.models import ModelSource, load_tokenizer, locate, tokenizer_digest
 from pipeline.prompts import PromptBuilder
 from pipeline.run_dir import ArmDir, RunDir
-from stage2_student.checkpoint import complete_steps, storage_errors, write_whole
+from stage2_student.checkpoint import complete_steps, storage_errors, sweep, write_whole
 from stage2_student.order import BLOCK, WINDOW
 
 PROVENANCE = {"micro_batch_size"}  # the keys of `train` that are no part of an arm's identity
@@ -90,12 +92,27 @@ def arm_identity(experiment: Experiment, student: StudentPlan, arm: str) -> dict
     }
 
 
-def claim(arm: ArmPlan) -> None:
-    """Write arm.json where it is not there yet. Raises RunError when the folder cannot be written."""
-    if not arm.folder.identity.exists():
-        with storage_errors(arm.folder.root, f"starting {arm.label}"):
-            arm.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def claimed(arm: ArmPlan) -> Iterator[None]:
+    """The arm's folder is ours: arm.json is written where it is not there yet, and locked until we are done or dead;
+    what a killed process left half written is swept.
+
+    Raises RunError when another process trains this arm, or the folder cannot be written.
+    """
+    with storage_errors(arm.folder.root, f"starting {arm.label}"):
+        arm.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not arm.folder.identity.exists():
             write_whole(arm.folder.identity, json.dumps(arm.identity, indent=1) + "\n")
+    with arm.folder.identity.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{arm.folder.root}: another process is training this arm; let it finish, or set run_dir=<folder>"
+            ) from None
+        sweep(arm.folder.root)
+        sweep(arm.folder.checkpoints)
+        yield
 
 
 def _check_identity(folder: ArmDir, identity: dict[str, Any]) -> None:
@@ -129,5 +146,5 @@ def _chosen(kind: str, name: str | None, known: Iterable[str]) -> list[str]:
     if name is None:
         return known
     if name not in known:
-        raise RunError(f"--{kind} {name}: {unknown_name(kind, name, known)}")
+        raise RecipeError(f"--{kind} {name}: {unknown_name(kind, name, known)}")
     return [name]

@@ -8,7 +8,7 @@ Shapes: B examples, L padded input tokens, N answer positions of the batch (exam
 K cached ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -168,13 +168,19 @@ class Usable:
     longest: int  # tokens of the longest example, prompt and answer together
 
 
-def usable_rows(reader: CacheReader, prompts: PromptBuilder, window: int | None) -> Usable:
+def usable_rows(
+    reader: CacheReader, prompts: PromptBuilder, window: int | None, report: Callable[[], None] | None = None
+) -> Usable:
     """Drop what does not fit the student's window of `window` tokens, before the order is built.
 
     Only the text, the student's tokenizer and its window decide, so every arm of a student trains on the same
-    examples. Raises DataError when nothing is left.
+    examples. `report` is called after each. Raises DataError when nothing is left.
     """
-    lengths = [len(prompts.encode(row.prompt, row.answer).input_ids) for row in reader.rows(TEXT)]
+    lengths = []
+    for row in reader.rows(TEXT):
+        lengths.append(len(prompts.encode(row.prompt, row.answer).input_ids))
+        if report is not None:
+            report()
     rows = [index for index, length in enumerate(lengths) if window is None or length <= window]
     if not rows:
         found = (

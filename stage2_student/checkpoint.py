@@ -104,10 +104,13 @@ def load(
     return step
 
 
-def sweep(checkpoints: Path) -> None:
-    """Remove what a killed process left half written."""
-    for path in checkpoints.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written in a folder."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ count of valid positions of that component (over micro-batches and processes), o
 accumulation, nor the number of processes changes a loss, and each component keeps a denominator of its own.
 
 Row t of the teacher's arrays is the distribution that predicts answer token t, and so is row t of the student's
-logits. Numbers of a position whose mask is false are never read: they may be anything, NaN included.
+logits. The mask `usable_N` leaves out positions that the teacher could not use: their numbers may be anything, NaN
+included, and their ids any of the vocabulary.
 
 Shapes: N answer positions in the chunk, V the student's vocabulary, K the teacher's cached ranks. All float32.
 """
@@ -29,9 +30,8 @@ def logit_mse(logits_NV: Tensor, teacher_NK: Tensor, ids_NK: Tensor, usable_N: T
     Logit regression (Ba and Caruana 2014, arXiv 1312.6184) on the teacher's K most likely ids. Units: squared logits.
     It compares raw logits, so it also fixes the additive constant that a softmax does not see.
     """
-    usable = usable_N.nonzero().squeeze(1)
-    student_NK = logits_NV[usable].gather(1, ids_NK[usable])
-    return (teacher_NK[usable] - student_NK).square().mean(1).sum()
+    student_NK = logits_NV.gather(1, ids_NK)[usable_N]
+    return (teacher_NK[usable_N] - student_NK).square().mean(1).sum()
 
 
 def kl(
@@ -55,14 +55,18 @@ def kl(
     arXiv 2503.16870). T^2 keeps the gradient's size across temperatures (Hinton et al. 2015, arXiv 1503.02531).
     log_tail_N is None when K is the teacher's whole vocabulary; there is no tail bucket then.
     """
-    usable = usable_N.nonzero().squeeze(1)
-    scaled_NV, ids_NK = logits_NV[usable] / temperature, ids_NK[usable]
-    log_z_N = scaled_NV.logsumexp(1)
-    log_p_NK = teacher_NK[usable] / temperature - logsumexp_N[usable, None]
-    log_q_NK = scaled_NV.gather(1, ids_NK) - log_z_N[:, None]
+    scaled_NV = logits_NV if temperature == 1 else logits_NV / temperature
+    student_NK = scaled_NV.gather(1, ids_NK)
+    if log_tail_N is None:
+        log_z_N = scaled_NV.logsumexp(1)
+    else:  # the normaliser is the sum of the two parts: one pass over the vocabulary serves both
+        outside_N = scaled_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1)
+        log_z_N = torch.logaddexp(student_NK.logsumexp(1), outside_N)
+    log_p_NK = (teacher_NK / temperature - logsumexp_N[:, None])[usable_N]
+    log_q_NK = (student_NK - log_z_N[:, None])[usable_N]
     divergence_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(1)
     if log_tail_N is not None:
-        log_p_tail_N = log_tail_N[usable] - logsumexp_N[usable]
-        log_q_tail_N = scaled_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1) - log_z_N
+        log_p_tail_N = (log_tail_N - logsumexp_N)[usable_N]
+        log_q_tail_N = (outside_N - log_z_N)[usable_N]
         divergence_N = divergence_N + log_p_tail_N.exp() * (log_p_tail_N - log_q_tail_N)
     return temperature**2 * divergence_N.sum()

@@ -26,7 +26,7 @@ from pipeline.models import device_of, provenance
 from pipeline.progress import progress
 from pipeline.recipe import Arm, Recipe, Train
 from stage2_student import checkpoint
-from stage2_student.arms import ArmPlan, claim
+from stage2_student.arms import ArmPlan, claimed
 from stage2_student.batches import Batch, Collator, Usable, usable_rows
 from stage2_student.metrics import MetricsLog
 from stage2_student.order import batch_indices, rank_slice, seed_of
@@ -38,12 +38,13 @@ COMPONENTS = ("ce", "logit_mse", "kl")
 def train(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan]) -> None:
     """Train these arms to the last step, each from its newest checkpoint. Arms of one student share the base model."""
     accelerator = Accelerator(cpu=device_of(recipe).type == "cpu")
-    ranks = accelerator.num_processes
+    ranks, main = accelerator.num_processes, accelerator.is_main_process
     for _, group in groupby(arms, key=lambda arm: arm.student.name):
         of_student = list(group)
         plan = of_student[0].student
         student = Student(plan.source, recipe.students[plan.name], recipe.train.seed, accelerator.device)
-        usable = usable_rows(reader, plan.prompts, student.window)
+        with progress(f"{plan.name} lengths", len(reader), "examples") if main else nullcontext() as bar:
+            usable = usable_rows(reader, plan.prompts, student.window, bar.advance if bar is not None else None)
         accelerator.print(
             f"{plan.name}: an adapter of {student.parameter_count:,} parameters, {ranks} x {accelerator.device.type}; "
             f"{len(usable.rows)} examples, the longest of {usable.longest} tokens; {usable.dropped} dropped as longer "
@@ -70,10 +71,6 @@ def train_arm(
     rank, ranks, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     weights = {name: getattr(losses, name) for name in COMPONENTS if getattr(losses, name) > 0}
     collator = Collator(reader, arm.student.prompts, student.vocab_size, losses)
-    if main:
-        claim(arm)
-        checkpoint.sweep(arm.folder.checkpoints)
-
     student.reset()
     gradients = flat_gradients(student.parameters.values())
     optimizer = torch.optim.AdamW(student.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -88,6 +85,7 @@ def train_arm(
         return collator.read([usable.rows[i] for i in mine], settings.micro_batch_size)
 
     with (
+        claimed(arm) if main else nullcontext(),
         ThreadPoolExecutor(1) as ahead,
         MetricsLog(arm.folder, done) if main else nullcontext() as log,
         progress(arm.label, settings.steps, "steps", done) if main else nullcontext() as bar,

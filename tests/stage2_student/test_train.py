@@ -1,5 +1,6 @@
 """The loop on toys: what it leaves, what it resumes from, and what it refuses."""
 
+import fcntl
 import json
 import math
 import resource
@@ -13,7 +14,7 @@ import toys
 from safetensors import safe_open
 
 from cache_schema.errors import FingerprintMismatch, IncompleteCache, NotACache
-from pipeline.errors import ModelError, RunError
+from pipeline.errors import ModelError, RecipeError, RunError
 from pipeline.recipe import Recipe, Train, load_recipe
 from pipeline.run_dir import RunDir
 from stage2_student.__main__ import main
@@ -109,12 +110,13 @@ def test_resuming_ends_at_the_same_bytes(tmp_path: Path) -> None:
     half = folder.checkpoints / ".tmp-step-000006-1"
     half.mkdir()
     (half / "state.json").write_text("{}")
+    (folder.root / ".tmp-metrics.jsonl-1").write_text("{}")
     with folder.metrics.open("a") as file:
         file.write('{"step": 8, "lo')
     assert main(["--recipe", path, "--arm", "distill"]) == 0
     assert adapter(recipe, "distill", 7) == expected
     assert metrics(recipe, "distill") == expected_metrics
-    assert not half.exists()
+    assert not list(folder.root.rglob(".tmp-*"))
 
 
 @pytest.mark.parametrize("victim", ["adapter_model.safetensors", "optimizer.safetensors", "state.json"])
@@ -154,6 +156,18 @@ def test_checkpoints_without_an_arm_file_are_refused(tmp_path: Path) -> None:
     RunDir.of(recipe).arm("toy", "sft").identity.unlink()
     with pytest.raises(RunError, match=r"it has checkpoints but no arm.json"):
         main(["--recipe", path])
+
+
+def test_one_process_an_arm(tmp_path: Path) -> None:
+    path, recipe = made(tmp_path)
+    assert main(["--recipe", path, "--arm", "sft"]) == 0
+    folder = RunDir.of(recipe).arm("toy", "sft")
+    shutil.rmtree(folder.checkpoint(4))
+    with folder.identity.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match=rf"{folder.root}: another process is training this arm"):
+            main(["--recipe", path, "--arm", "sft"])
+    assert main(["--recipe", path, "--arm", "sft"]) == 0
 
 
 def test_nan_stops_the_run_with_the_example(tmp_path: Path) -> None:
@@ -247,9 +261,9 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path, place: str) -> None:
 
 def test_unknown_names_and_unfit_dtypes(tmp_path: Path) -> None:
     path, _ = made(tmp_path)
-    with pytest.raises(RunError, match=r"--arm distil: unknown arm 'distil'. Did you mean 'distill'\?"):
+    with pytest.raises(RecipeError, match=r"--arm distil: unknown arm 'distil'. Did you mean 'distill'\?"):
         main(["--recipe", path, "--arm", "distil"])
-    with pytest.raises(RunError, match=r"--student: unknown student 'tor'|--student tor: unknown student 'tor'"):
+    with pytest.raises(RecipeError, match="--student tor: unknown student 'tor'"):
         main(["--recipe", path, "--student", "tor"])
     with pytest.raises(ModelError, match=r"students.toy.dtype is float16.*bfloat16 or float32"):
         main(["--recipe", path, "--set", "students.toy.dtype=float16"])
