@@ -1,6 +1,6 @@
 """Pre-trains the pocket model and measures it.
 
-    python -m pipeline.pocket --out weights --minutes 25          # about what the weights in this repository took
+    python -m pipeline.pocket --out weights --minutes 23          # the run that the weights here are a checkpoint of
     python -m pipeline.pocket --out weights --steps 6000 --seed 1 # the same steps on any machine
     python -m pipeline.pocket --out weights --measure-only        # 0-shot and 8-shot accuracy of weights that exist
 
@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{args.out}: no model here (no config.json); train one with --minutes 25", file=sys.stderr)
             return 2
         tokenizer: Any = AutoTokenizer.from_pretrained(args.out)
-        model: Any = AutoModelForCausalLM.from_pretrained(args.out)
+        model: Any = AutoModelForCausalLM.from_pretrained(args.out).eval()
+        torch.set_num_threads(1)  # steps of a few tokens: two threads mostly wait for each other
         record: dict[str, Any] = {}
     else:
         settings = Settings(seed=args.seed, steps=args.steps, minutes=args.minutes)

@@ -54,7 +54,8 @@ def answers(
 ) -> list[str]:
     """Greedy answers, in the problems' order. Questions of equal length share a batch, so nothing is padded."""
     context = context_ids(tokenizer, shots)
-    prompts = [context + ids for ids in tokenizer([prompt_of(problem.question) for problem in problems])["input_ids"]]
+    read = model(torch.tensor([context]), use_cache=True).past_key_values.layers if context else ()
+    prompts: list[list[int]] = tokenizer([prompt_of(problem.question) for problem in problems])["input_ids"]
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[len(prompt)].append(index)
@@ -62,17 +63,32 @@ def answers(
     for indices in by_length.values():
         for start in range(0, len(indices), batch_size):
             part = indices[start : start + batch_size]
-            for index, ids in zip(part, _greedy(model, torch.tensor([prompts[i] for i in part])), strict=True):
-                texts[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
+            rows = len(part)
+            kv = [(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in read]
+            written = _greedy(model, torch.tensor([prompts[i] for i in part]), kv, tokenizer.eos_token_id)
+            for index, ids in zip(part, written, strict=True):
+                texts[index] = str(tokenizer.decode(ids))
     return texts
 
 
-def _greedy(model: Any, input_BL: Tensor) -> list[list[int]]:
-    """Most likely continuations of equally long inputs, each up to its end-of-sequence."""
-    output = model.generate(
-        input_BL, attention_mask=torch.ones_like(input_BL), do_sample=False, max_new_tokens=MAX_NEW_TOKENS
-    )
-    rows: list[list[int]] = output[:, input_BL.shape[1] :].tolist()
+def _greedy(model: Any, input_BL: Tensor, context: list[tuple[Tensor, Tensor]], end_id: int) -> list[list[int]]:
+    """Most likely continuations of equally long inputs behind a shared context, each up to its end-of-sequence."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(context) if context else DynamicCache()
+    rows: list[list[int]] = [[] for _ in range(len(input_BL))]
+    open_rows = set(range(len(rows)))
+    for _ in range(MAX_NEW_TOKENS):
+        input_BL = (
+            model(input_BL, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, True)
+        )
+        for row, token in enumerate(input_BL[:, 0].tolist()):
+            if token == end_id:
+                open_rows.discard(row)
+            elif row in open_rows:
+                rows[row].append(token)
+        if not open_rows:
+            break
     return rows
 
 
