@@ -89,11 +89,11 @@ class Student:
             leaf_NH = hidden_NH[chunk].detach().requires_grad_()
             logits_NV = self.head(leaf_NH).float()
             parts = torch.stack([_sum(c, logits_NV, batch, chunk, temperature) / max(1, valid[c]) for c in weights])
-            (parts * parts.new_tensor(list(weights.values()))).sum().backward()  # type: ignore[no-untyped-call]
+            (parts * parts.new_tensor(list(weights.values()))).sum().backward()
             sums += parts.detach()
             assert leaf_NH.grad is not None
             gradient_NH[chunk] = leaf_NH.grad
-        hidden_NH.backward(gradient_NH)  # type: ignore[no-untyped-call]
+        hidden_NH.backward(gradient_NH)
         return sums
 
 

@@ -87,6 +87,21 @@ def kept_arms(recipe: Recipe, run_dir: RunDir, student: str) -> list[Arm]:
     return [Arm(name, dict(sorted(found[name].items())), {}) for name in recipe.arms if name in found]
 
 
+def check_not_stale(condition: Condition, identity: Mapping[str, Any], run_dir: RunDir, student: str) -> None:
+    """Raise RunError where a kept prediction is of another adapter than the checkpoint that lies there now.
+
+    A checkpoint that is gone is no matter: its predictions are what is left of it.
+    """
+    if condition.arm is None or condition.step is None:
+        return
+    state = run_dir.arm(student, condition.arm).checkpoint(condition.step) / "state.json"
+    if state.is_file() and _json(state).get("adapter_sha256") != identity.get("adapter"):
+        raise RunError(
+            f"--rescore: the kept predictions of {student}/{condition.name} are those of another adapter than "
+            f"{state.parent} holds (trained again since); run python -m stage3_eval without --rescore"
+        )
+
+
 def _checkpoints(folder: ArmDir, arm: str) -> list[Condition]:
     """The complete checkpoints (those with a state.json), by step."""
     for path in (folder.checkpoints, *folder.checkpoints.parents):

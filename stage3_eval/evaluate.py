@@ -20,7 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
 from pipeline.tasks import Example
 from stage3_eval import predictions
-from stage3_eval.conditions import Arm, Condition, baselines, find_arms, kept_arms
+from stage3_eval.conditions import Arm, Condition, baselines, check_not_stale, find_arms, kept_arms
 from stage3_eval.generate import ADAPTER_FILE, Engine, load_engine
 from stage3_eval.predictions import Prediction, PredictionFile, prompt_digest
 from stage3_eval.score import mean, score
@@ -182,6 +182,7 @@ class StudentRun:
                         f"--rescore: {self.student}/{condition.name} has no predictions on {split}; run "
                         "python -m stage3_eval without --rescore to generate them"
                     )
+                check_not_stale(condition, found.identity, self.run_dir, self.student)
                 self._files[key] = found
             else:
                 identity = self._identity(condition)

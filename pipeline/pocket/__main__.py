@@ -2,6 +2,7 @@
 
     python -m pipeline.pocket --out weights --minutes 23          # the run that the weights here are a checkpoint of
     python -m pipeline.pocket --out weights --steps 6000 --seed 1 # the same steps on any machine
+    python -m pipeline.pocket --start weights --out more --minutes 8
     python -m pipeline.pocket --out weights --measure-only        # 0-shot and 8-shot accuracy of weights that exist
 
 The folder can be used in a recipe at once (`--set teacher.model=weights --set students.pocket.model=weights`). Where
@@ -26,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m pipeline.pocket", description="Pre-train the pocket model on generated word problems."
     )
     p.add_argument("--out", type=Path, required=True, help="folder for the weights, the tokenizer and provenance.json")
+    p.add_argument("--start", type=Path, help="go on with the model in this folder instead of a fresh one")
     length = p.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="train for so long")
     length.add_argument("--steps", type=int, help="train for so many optimizer steps")
@@ -49,16 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
     from pipeline.pocket.measure import measure
-    from pipeline.pocket.pretrain import Settings, pretrain
+    from pipeline.pocket.pretrain import Settings, going_on, pretrain
     from pipeline.pocket.tokenizer import build_tokenizer
 
     def log(message: str) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {message}", flush=True)
 
-    if args.measure_only:
-        if not (args.out / "config.json").is_file():
-            print(f"{args.out}: no model here (no config.json); train one with --minutes 25", file=sys.stderr)
+    for folder in [args.out] if args.measure_only else [args.start] if args.start else []:
+        if not (folder / "config.json").is_file():
+            print(f"{folder}: no model here (no config.json); train one with --minutes 25", file=sys.stderr)
             return 2
+    if args.measure_only:
         tokenizer: Any = AutoTokenizer.from_pretrained(args.out)
         model: Any = AutoModelForCausalLM.from_pretrained(args.out).eval()
         torch.set_num_threads(1)  # steps of a few tokens: two threads mostly wait for each other
@@ -66,7 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         settings = Settings(seed=args.seed, steps=args.steps, minutes=args.minutes)
         tokenizer = build_tokenizer()
-        model, record = pretrain(settings, tokenizer, args.out, log)
+        start: Any = None
+        if args.start is not None:
+            settings, start = going_on(settings), AutoModelForCausalLM.from_pretrained(args.start)
+        model, record = pretrain(settings, tokenizer, args.out, log, start)
         record |= {"torch": torch.__version__, "transformers": __version__}
 
     record["validation"] = []

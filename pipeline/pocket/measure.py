@@ -21,8 +21,8 @@ from pipeline.tasks.numbers import score_number
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_NEW_TOKENS = 48
-"""A worked answer takes at most about 40."""
+MAX_NEW_TOKENS = 56
+"""A worked answer takes at most about 46."""
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from pipeline.pocket.problems import Problem, pretraining_problems
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-WINDOW = 640
+WINDOW = 768
 """Tokens the model is trained to read: nine worked problems fit; beyond the trained length everything collapses."""
 
 SENTENCE_SHARE = 0.07
@@ -54,6 +54,11 @@ class Settings:
     hidden: int = 128
     layers: int = 4
     intermediate: int = 384
+
+
+def going_on(settings: Settings) -> Settings:
+    """The settings for a model that can read and calculate already: gentler, and at full length from the start."""
+    return replace(settings, lr=1.5e-3, short_share=0.0, decay_share=0.6)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Qwen3ForCausalLM:
@@ -97,7 +102,7 @@ def draw_worked(
 ) -> list[Document]:
     """About `tokens` tokens of worked documents, all with the same number of problems."""
     size = 1 + int(rng.random() * longest)
-    return batch_of(tokenizer, problems, ["worked"] * max(1, round(tokens / (64 * size))), size)
+    return batch_of(tokenizer, problems, ["worked"] * max(1, round(tokens / (70 * size))), size)
 
 
 def draw_others(
@@ -157,15 +162,22 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def pretrain(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, out: Path, log: Callable[[str], None]
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    log: Callable[[str], None],
+    start: Qwen3ForCausalLM | None = None,
 ) -> tuple[Qwen3ForCausalLM, dict[str, Any]]:
     """Train a model, saving it to `out` every half minute; Ctrl-C ends the run early with what it has.
+
+    start: a model to go on with, in place of a fresh one.
 
     Returns the model and what was done: the settings, steps, tokens, seconds, last losses.
     """
     torch.manual_seed(settings.seed)
     torch.set_num_threads(1)
-    model = build_model(tokenizer, settings).train()
+    model = (start or build_model(tokenizer, settings)).train()
+    model.config.max_position_embeddings = WINDOW
     parameters = list(model.parameters())
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
     gains = [parameter for parameter in parameters if parameter.dim() == 1]
@@ -181,11 +193,11 @@ def pretrain(
 
     step = tokens = 0
     losses = [0.0, 0.0]
-    start = last_log = time.monotonic()
+    began = last_log = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         try:
             while True:
-                seconds = time.monotonic() - start
+                seconds = time.monotonic() - began
                 progress = step / settings.steps if settings.steps else seconds / (60 * (settings.minutes or 1.0))
                 if progress >= 1:
                     break
@@ -213,10 +225,10 @@ def pretrain(
                 losses = [keep * old + (1 - keep) * half[1] for old, half in zip(losses, halves, strict=True)]
                 if time.monotonic() - last_log > 30:
                     last_log = time.monotonic()
-                    eta = (last_log - start) * (1 - progress) / max(progress, 1e-6)
+                    eta = (last_log - began) * (1 - progress) / max(progress, 1e-6)
                     log(
                         f"step {step}  worked {losses[0]:.3f}  bare {losses[1]:.3f}  lr {lr:.1e}  norm {norm:.2f}  "
-                        f"{tokens / 1e6:.2f} M tokens  {tokens / (last_log - start):.0f} tok/s  ETA {eta / 60:.1f} min"
+                        f"{tokens / 1e6:.2f} M tokens  {tokens / (last_log - began):.0f} tok/s  ETA {eta / 60:.1f} min"
                     )
                     save(model, tokenizer, out)
         except KeyboardInterrupt:
@@ -227,6 +239,6 @@ def pretrain(
         "settings": asdict(settings),
         "steps": step,
         "tokens": tokens,
-        "minutes": round((time.monotonic() - start) / 60, 2),
+        "minutes": round((time.monotonic() - began) / 60, 2),
         "answer_loss_nats": {"worked": round(losses[0], 4), "bare": round(losses[1], 4)},
     }

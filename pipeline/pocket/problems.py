@@ -5,7 +5,7 @@ Called by `pipeline.tasks.pocket_math` (the splits) and `pipeline.pocket.documen
 A problem is a short story about one growing and shrinking pile, two or three calculations long:
 
     Tom has 6 boxes of 14 pens. He loses 27. Ana brings 45 more. How many pens has Tom now?
-    6 * 14 = 84. 84 - 27 = 57. 57 + 45 = 102.
+    14 * 6 = 84 pens. 84 - 27 = 57. 57 + 45 = 102 pens. The answer is 102.
     #### 102
 
 Only `random.Random.random()` is drawn on (the one method whose sequence Python promises to keep), so a split is
@@ -42,16 +42,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Problem:
-    """One word problem: its story and question, its calculations ("6 * 14 = 84."), its answer."""
+    """One word problem: its story and question, what is counted, its calculations ("6 * 14 = 84."), its result."""
 
     question: str
+    thing: str
     steps: tuple[str, ...]
     result: int
 
     @property
     def worked(self) -> str:
-        """The worked answer: the calculations, then `#### n` on a line of its own."""
-        return " ".join(self.steps) + f"\n#### {self.result}"
+        """The worked answer: the calculations in some wording, then `#### n` on a line of its own.
+
+        As in text that people write, the wording is chance: sums and products have either order, half the results name
+        what is counted, half the answers end in a sentence. It is a function of the question that no reader could
+        guess, so it is the same everywhere, and a student can learn it by heart only.
+        """
+        chance = random.Random(self.question)
+        written = [_worded(step, self.thing, chance) for step in self.steps]
+        if chance.random() < 0.5:
+            written.append(f"The answer is {self.result}.")
+        return " ".join(written) + f"\n#### {self.result}"
+
+
+def _worded(step: str, thing: str, chance: random.Random) -> str:
+    """One calculation in one of its wordings."""
+    left, operator, right, equals, value = step.removesuffix(".").split(" ")
+    if operator in "+*" and chance.random() < 0.5:
+        left, right = right, left
+    unit = f" {thing}" if chance.random() < 0.5 else ""
+    return f"{left} {operator} {right} {equals} {value}{unit}."
 
 
 class _Story:
@@ -180,7 +199,7 @@ def draw_problem(rng: random.Random) -> Problem:
                 used += cost
         end(story)
         if story.ok:
-            return Problem(" ".join(story.sentences), tuple(story.steps), story.pile)
+            return Problem(" ".join(story.sentences), story.thing, tuple(story.steps), story.pile)
 
 
 @cache

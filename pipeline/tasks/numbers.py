@@ -38,7 +38,7 @@ def extract_flexible(text: str) -> Decimal | None:
 
 
 def score_number(prediction: str, answer: str) -> dict[str, float | None]:
-    """`strict` and `flexible`: 1 where the prediction's number equals the answer's, 0 where not, None where it lacks one.
+    """`strict` and `flexible`: 1 where the prediction's number equals the answer's, 0 where not, None where none.
 
     Raises ValueError if `answer`, the reference, has no strict number: then the data is at fault, not the prediction.
     """

@@ -84,4 +84,5 @@ def test_one_style_a_document(tokenizer: PreTrainedTokenizerFast) -> None:
         text = tokenizer.decode(document.ids)
         assert document.ids.count(tokenizer.eos_token_id) == 4
         assert len(re.findall(r"\d = \d|\d+ = ", text)) > 0 if style == "worked" else " = " not in text
-        assert ("The answer is" in text) == (style == "sentence")
+        assert text.count("####") == (0 if style == "sentence" else 4)
+        assert "The answer is" in text if style == "sentence" else style == "worked" or "The answer is" not in text

@@ -38,9 +38,9 @@ def test_a_split_is_the_same_on_every_platform() -> None:
     assert test[0].question == (
         "Ana gets 8 apples a day for 3 days. She sells 2 packs of 7. How many apples has Ana now?"
     )
-    assert test[0].worked == "3 * 8 = 24. 2 * 7 = 14. 24 - 14 = 10.\n#### 10"
+    assert test[0].worked == "8 * 3 = 24 apples. 2 * 7 = 14 apples. 24 - 14 = 10 apples. The answer is 10.\n#### 10"
     digest = hashlib.sha256("\n".join(p.question + p.worked for p in test).encode()).hexdigest()
-    assert digest[:16] == "13dc03715a569423"
+    assert digest[:16] == "86b8cd2748e11315"
 
 
 def test_splits_have_their_sizes_and_share_nothing() -> None:
@@ -73,3 +73,30 @@ def test_stories_vary() -> None:
     openings = {re.sub(r"\d+", "n", problem.question) for problem in train}
     assert len(openings) > 1500
     assert len({len(problem.steps) for problem in train}) >= 2
+
+
+def test_the_wording_is_chance_and_the_numbers_are_not() -> None:
+    """Either order of a sum or a product, a unit or none, a closing sentence or none: each about half of the time."""
+    worded = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)( \w+)?\.")
+    swapped, commuting, units, written = 0, 0, 0, 0
+    for problem in split_problems("train"):
+        body = problem.worked.partition("\n")[0].removesuffix(f" The answer is {problem.result}.")
+        matches = list(worded.finditer(body))
+        assert " ".join(match[0] for match in matches) == body
+        for match, step in zip(matches, problem.steps, strict=True):
+            plain = STEP.fullmatch(step)
+            assert plain
+            assert (match[2], match[4]) == (plain[2], plain[4])
+            assert {match[1], match[3]} == {plain[1], plain[3]}
+            assert match[5] in (None, f" {problem.thing}")
+            if match[2] in "+*" and plain[1] != plain[3]:
+                commuting += 1
+                swapped += match[1] != plain[1]
+            else:
+                assert match[1] == plain[1]
+            units += match[5] is not None
+            written += 1
+    assert swapped / commuting == pytest.approx(0.5, abs=0.04)
+    assert units / written == pytest.approx(0.5, abs=0.04)
+    closing = sum("The answer is" in problem.worked for problem in split_problems("train"))
+    assert closing / len(split_problems("train")) == pytest.approx(0.5, abs=0.04)

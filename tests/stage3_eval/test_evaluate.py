@@ -202,6 +202,14 @@ def test_rescoring_says_what_is_missing(run):
         evaluated(run, "eval.splits=[validation]", f"data.dir={validation_rows(run)}", rescore=True)
 
 
+def test_rescoring_refuses_predictions_of_an_adapter_that_was_trained_again(run):
+    evaluated(run)
+    state = RunDir(run.folder).arm("toy", "sft").checkpoint(2) / "state.json"
+    state.write_text(json.dumps({"step": 2, "adapter_sha256": "0" * 64}), encoding="utf-8")
+    with pytest.raises(RunError, match=r"--rescore: the kept predictions of toy/sft@2 are those of another adapter"):
+        evaluated(run, rescore=True)
+
+
 def validation_rows(run):
     data = run.folder.parent / "data"
     for split in ("train", "validation"):
