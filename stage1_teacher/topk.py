@@ -66,9 +66,13 @@ def _largest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
             rows = tied_at_cut.nonzero()[:, 0]
             whole, order = logits_NV[rows].sort(dim=1, descending=True, stable=True)
             values[rows], ids[rows] = whole[:, :k], order[:, :k]
-    ids, by_id = ids.sort(dim=1)
-    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, by_value)
+    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    if tied.any():  # by id first, then stably by value
+        rows = tied.nonzero()[:, 0]
+        by_id, order = ids[rows].sort(dim=1)
+        by_value, order = values[rows].gather(1, order).sort(dim=1, descending=True, stable=True)
+        values[rows], ids[rows] = by_value, by_id.gather(1, order)
+    return values, ids
 
 
 def _logsumexp(logits_NV: Tensor, temperature: float) -> Tensor:

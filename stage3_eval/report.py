@@ -201,6 +201,8 @@ def _difference(found: Mapping[str, Any] | None) -> list[str]:
 def _p(found: Mapping[str, Any] | None, key: str) -> str:
     if found is None:
         return ""
+    if found[key] < 1e-99:
+        return "< 1e-99"  # it may be zero in floating point, which no p-value is
     return f"{found[key]:.4f}" if found[key] >= 1e-4 else f"{found[key]:.0e}"
 
 
