@@ -263,6 +263,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number and refuses a key given twice (YAML 1.1 does neither)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, unless one of its keys stands there twice."""
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:

@@ -199,13 +199,21 @@ def run_shards(
     provenance: dict[str, Any],
     report: Callable[[int], None],
 ) -> int:
-    """Capture and commit the shards that `shards` hands out; returns how many. Encoding and writing overlap compute."""
+    """Capture and commit the shards that `shards` hands out; returns how many. Encoding and writing overlap compute.
+
+    The claim on a shard is renewed with every batch, so that a slow shard is not taken for an abandoned one.
+    """
     size = writer.manifest.shard_examples
     done = 0
     pending: Future[Any] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         for shard in shards:
-            rows, quarantined = capture.shard(examples[shard * size : (shard + 1) * size], report)
+
+            def renew(finished: int, shard: int = shard) -> None:
+                writer.claim(shard)
+                report(finished)
+
+            rows, quarantined = capture.shard(examples[shard * size : (shard + 1) * size], renew)
             if pending is not None:
                 pending.result()  # raises here what went wrong there
             pending = pool.submit(writer.commit, shard, rows, quarantined, provenance)

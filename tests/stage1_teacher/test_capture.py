@@ -1,5 +1,8 @@
 """The capture loop: rows in their places, ledgers that reconcile, memory that runs out, writers that fail."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -171,9 +174,30 @@ def test_shards_are_committed_and_both_ledgers_reconcile(prompts, tmp_path):
     assert totals.examples.reconciles and totals.positions.reconciles
 
 
+def test_a_claim_is_renewed_while_its_shard_is_in_work(prompts, tmp_path):
+    words = [str(i) for i in range(320)]
+    writer = CacheWriter.open(tmp_path / "cache", manifest_for(4, 4, words), words)
+    assert writer.claim(0)
+    (claim,) = (tmp_path / "cache" / "claims").iterdir()
+    os.utime(claim, (0, 0))  # as if it had been made long ago
+    ages = []
+    run_shards(
+        capture(CountingTeacher(), prompts, batch_tokens=1),
+        examples(4),
+        writer,
+        iter([0]),
+        {},
+        lambda done: ages.append(time.time() - claim.stat().st_mtime),
+    )
+    assert len(ages) == 5 and max(ages) < 300
+
+
 def test_a_writer_that_fails_stops_the_loop(prompts, tmp_path):
     class FullDisk:
         manifest = manifest_for(12, 4, [""] * 320)
+
+        def claim(self, shard):
+            return True
 
         def commit(self, shard, rows, quarantined, provenance):
             raise UserError(f"no space left for shard {shard}")
