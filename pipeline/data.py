@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import DataError, RecipeError, unknown_name
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
+from pipeline.sections import Data
 from pipeline.tasks import Example, HubSource, Task, get_task
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from cache_schema.schema import ALL, TEXT, CacheRow, Status, TextRow
 from pipeline.errors import DataError, ModelError
 from pipeline.models import tokenizer_digest
 from pipeline.prompts import Encoded, PromptBuilder
-from pipeline.recipe import Arm
+from pipeline.sections import Arm
 
 G = TypeVar("G", bound=Any)
 

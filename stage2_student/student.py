@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import ModelError, unknown_name
 from pipeline.models import ModelSource, body_and_head, check_head, load_causal_lm, window_of
-from pipeline.recipe import Student as StudentRecipe
+from pipeline.sections import Student as StudentRecipe
 from stage2_student import losses
 from stage2_student.batches import Batch
 from stage2_student.order import seed_of

@@ -24,7 +24,8 @@ from cache_schema.reader import CacheReader
 from pipeline.errors import RunError
 from pipeline.models import device_of, provenance
 from pipeline.progress import progress
-from pipeline.recipe import Arm, Recipe, Train
+from pipeline.recipe import Recipe
+from pipeline.sections import Arm, Train
 from stage2_student import checkpoint
 from stage2_student.arms import ArmPlan, claimed
 from stage2_student.batches import Batch, Collator, Usable, usable_rows

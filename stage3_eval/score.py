@@ -43,6 +43,7 @@ def score(examples: Sequence[Example], predictions: Mapping[str, Prediction], wh
             f"{where}: {len(missing)} of {len(examples)} predictions are missing ({', '.join(missing[:3])}, ...); "
             "run python -m stage3_eval without --rescore to generate them"
         )
+    assert task.score is not None
     rows = [task.score(predictions[example.id].prediction, example) for example in examples]
     chosen = [predictions[example.id] for example in examples]
     return Scores(

@@ -28,7 +28,10 @@ class NoOptions(BaseModel):
 class Example:
     """One prompt with its answer, as plain text: no template, no special token.
 
-    `references` are the acceptable answers for scoring where there are several; empty means `answer` alone.
+    references: the acceptable answers for scoring where there are several; empty means `answer` alone.
+    labels: of a classification, all answers there are, `answer` among them; empty where answers are free text.
+    truncated: whether the context in the prompt was cut to the task's word limit.
+    extra: what a metric needs besides the texts (concepts to cover, tests to run), as plain JSON values.
     """
 
     id: str
@@ -36,15 +39,28 @@ class Example:
     prompt: str
     answer: str
     references: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    truncated: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """What a prediction is compared with: the references, else the answer."""
+        return self.references or (self.answer,)
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set on the Hugging Face Hub: its path, its configuration, and our split names in its words."""
+    """A data set on the Hugging Face Hub: its path, its configuration, and our split names in its words.
+
+    A split may be a sum of the Hub's (`test_r1+test_r2`). rows: gathers its rows into ours where they are not one to
+    one (several references of an item in rows of their own).
+    """
 
     path: str
     config: str | None
     splits: Mapping[str, str]
+    rows: Callable[[Iterable[Row]], Iterable[Row]] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +69,10 @@ class Task:
 
     name: the file's name. version: raised whenever a prompt, an answer or a row changes meaning (it is hashed).
     to_example: (row, index of the row in its split, options) -> Example.
+    metrics: what is reported, the headline metric first: the names that `score` returns, and names of the metrics of
+      stage 3 that need a library, a model, a sandbox or the whole corpus (stage3_eval/metrics has the list).
     score: (prediction, example) -> metric name -> value in [0, 1], or None where the prediction has no answer
       that the metric can read (such a prediction counts as wrong and is counted apart as unparsable).
-    metrics: the names `score` returns, the headline metric first.
     source: a Hub data set, or a function from (split, options) to rows.
     """
 
@@ -64,8 +81,8 @@ class Task:
     summary: str
     source: HubSource | Callable[[str, Any], Iterable[Row]]
     to_example: Callable[[Row, int, Any], Example]
-    score: Callable[[str, Example], Scores]
     metrics: tuple[str, ...]
+    score: Callable[[str, Example], Scores] | None = None
     options: type[BaseModel] = field(default=NoOptions)
 
 

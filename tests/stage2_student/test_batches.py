@@ -16,7 +16,8 @@ from pipeline.errors import DataError, ModelError
 from pipeline.fingerprint import Experiment
 from pipeline.models import ModelSource, load_tokenizer
 from pipeline.prompts import PromptBuilder
-from pipeline.recipe import Arm, load_recipe
+from pipeline.recipe import load_recipe
+from pipeline.sections import Arm
 from stage2_student.batches import Collator, usable_rows
 
 DISTILL = Arm(ce=1.0, logit_mse=0.5)

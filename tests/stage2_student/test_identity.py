@@ -27,7 +27,8 @@ from cache_schema.reader import CacheReader
 from cache_schema.schema import CacheRow
 from pipeline.fingerprint import Experiment
 from pipeline.prompts import Encoded, PromptBuilder
-from pipeline.recipe import Arm, Recipe, load_recipe
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.sections import Arm
 from pipeline.tasks import Example
 from stage2_student.batches import Batch, Collator
 from stage2_student.student import Student

@@ -12,8 +12,9 @@ from cache_schema.reader import CacheReader
 from pipeline.errors import ModelError
 from pipeline.fingerprint import Experiment
 from pipeline.models import locate
-from pipeline.recipe import Arm, Lora, load_recipe
-from pipeline.recipe import Student as StudentRecipe
+from pipeline.recipe import load_recipe
+from pipeline.sections import Arm, Lora
+from pipeline.sections import Student as StudentRecipe
 from stage2_student import losses
 from stage2_student.batches import Batch, Collator
 from stage2_student.student import Student

@@ -15,8 +15,9 @@ from safetensors import safe_open
 
 from cache_schema.errors import FingerprintMismatch, IncompleteCache, NotACache
 from pipeline.errors import ModelError, RecipeError, RunError
-from pipeline.recipe import Recipe, Train, load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.run_dir import RunDir
+from pipeline.sections import Train
 from stage2_student.__main__ import main
 from stage2_student.checkpoint import complete_steps
 from stage2_student.train import learning_rate

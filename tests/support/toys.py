@@ -85,7 +85,6 @@ def tiny_qwen3(
 
     The weights are drawn with a standard deviation of 0.3, so that its distributions are far from uniform.
     """
-    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     settings: dict[str, Any] = {
@@ -103,9 +102,97 @@ def tiny_qwen3(
         "eos_token_id": 0,
         "pad_token_id": None,
     } | config
+    return _saved(folder, seed, lambda: Qwen3ForCausalLM(Qwen3Config(**settings)))
+
+
+def tiny_t5(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: int = 0, **config: Any) -> Path:
+    """An encoder-decoder of FLAN-T5's shape (gated gelu, untied head) with random float32 weights, saved to `folder`.
+
+    `tie_word_embeddings=True` gives the first T5's shape, whose decoder scales what goes into its tied head.
+    """
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "d_model": hidden,
+        "d_ff": 2 * hidden,
+        "d_kv": max(hidden // 4, 2),
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "dropout_rate": 0.1,
+        "initializer_factor": 1.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    } | config
+    return _saved(folder, seed, lambda: T5ForConditionalGeneration(T5Config(**settings)))
+
+
+def tiny_gpt2(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: int = 0, **config: Any) -> Path:
+    """GPT-2's architecture (Conv1D, tied head) with random float32 weights, saved to `folder`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "n_embd": hidden,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    } | config
+    return _saved(folder, seed, lambda: GPT2LMHeadModel(GPT2Config(**settings)))
+
+
+def tiny_gpt_neox(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: int = 0, **config: Any) -> Path:
+    """Pythia's architecture with random float32 weights, saved to `folder`."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    } | config
+    return _saved(folder, seed, lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**settings)))
+
+
+def tiny_llama(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: int = 0, **config: Any) -> Path:
+    """SmolLM's architecture (Llama, tied head) with random float32 weights, saved to `folder`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    } | config
+    return _saved(folder, seed, lambda: LlamaForCausalLM(LlamaConfig(**settings)))
+
+
+def _saved(folder: Path, seed: int, build: Callable[[], Any]) -> Path:
+    """`folder`, with the model that `build` makes under this seed."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(Qwen3Config(**settings))
+        model = build()
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
     return folder

@@ -1,0 +1,238 @@
+"""Little stories of who did what where: the text of the second pocket experiment, with questions and summaries.
+
+Called by `pipeline.tasks.pocket_qa`, `pocket_yesno` and `pocket_summary` (the splits), by `pipeline.pocket.pages` (what
+the embedded GPT-2 has read) and by `pipeline.pocket.subwords` (the two tokenizers).
+
+    At 9:45 Zoë Núñez was at the café and bought a red kite there. Jürgen Lund lost an old drum at the park.
+    Who bought the kite?    Zoë Núñez   (or: Zoë)
+
+As where people write the answers, the wording of an answer is chance: the whole name or the first, the place with or
+without its preposition. All acceptable wordings come with a question, in the manner of SQuAD, and one of them, drawn by
+chance, is the one to learn from.
+
+Only `random.Random.random()` is drawn on (the one method whose sequence Python promises to keep), so a split is the
+same on every platform. No two stories of all splits and tasks have the same facts, and pre-training sees none of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+FIRST_NAMES = (
+    "Zoë", "José", "Renée", "Íñigo", "Anaïs", "Søren", "Chloé", "Jürgen", "Tom", "Mia", "Ben", "Noor", "Leo", "Eva",
+    "Sam", "Ruth",
+)  # fmt: skip
+FAMILY_NAMES = ("Núñez", "Brown", "Müller", "Okafor", "García", "Smith", "Dvořák", "Lund")
+PLACES = ("café", "market", "château", "library", "harbour", "park", "school", "station", "crêperie", "mill")
+THINGS = (
+    "kite", "piñata", "drum", "map", "lamp", "scarf", "flute", "clock", "mirror", "basket", "violin", "key", "coat",
+    "jalapeño plant",
+)  # fmt: skip
+QUALITIES = ("red", "blue", "green", "old", "tiny", "golden", "grey", "naïve")
+VERBS = (("buy", "bought"), ("find", "found"), ("lose", "lost"), ("sell", "sold"), ("paint", "painted"), ("hide", "hid"))
+
+SENTENCES = (
+    "{who} {past} {some} {quality} {thing} at the {place}{at}.",
+    "At the {place}, {who} {past} {some} {quality} {thing}{at}.",
+    "{who} was at the {place}{at} and {past} {some} {quality} {thing} there.",
+    "{who} went to the {place}, where {first} {past} {some} {quality} {thing}{at}.",
+)
+ASIDES = ("It rained.", "The sun was out.", "“¡Qué día!”", "Nobody was in a hurry.", "It was a long day…")
+GREETINGS = ("Hi {friend}!", "Hello {friend}, how are you?", "¡Hola, {friend}!", "{friend}! Any news?")
+REPLIES = ("Nice!", "Oh, really?", "¡Qué bien!", "Good for you, {friend}!")
+TOLD = ("I {past} {some} {quality} {thing} at the {place}{at}.", "I was at the {place}{at}. I {past} {some} {quality} {thing}!")
+GOODBYES = ("See you soon!", "À bientôt!", "Bye!", "I must go now.")
+
+KINDS = ("qa", "yesno", "summary")
+SPLIT_SIZES = {"test": 1000, "validation": 1000, "train": 1000}
+"""Stories of a split for each kind of task."""
+
+T = TypeVar("T")
+
+
+def pick(rng: random.Random, options: Sequence[T]) -> T:
+    """One of the options, all equally likely."""
+    return options[int(rng.random() * len(options))]
+
+
+def draw_distinct(rng: random.Random, options: Sequence[T], count: int) -> list[T]:
+    """`count` different options, in chance order."""
+    left = list(options)
+    return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Who did what with which thing, where, and when ("9:45"; empty where the story does not say)."""
+
+    first: str
+    family: str
+    base: str
+    past: str
+    quality: str
+    thing: str
+    place: str
+    time: str
+
+    def fill(self, template: str, who: str = "", friend: str = "") -> str:
+        """The template with this fact's words in its fields."""
+        return template.format(
+            who=who or f"{self.first} {self.family}", first=self.first, friend=friend, base=self.base, past=self.past,
+            quality=self.quality, some=_article(self.quality), thing=self.thing, place=self.place,
+            at=f" at {self.time}" if self.time else "",
+        )  # fmt: skip
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+@dataclass(frozen=True)
+class Story:
+    """Facts that share no person, thing or place, and their telling."""
+
+    facts: tuple[Fact, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a story. `answers` are the acceptable ones; the first is the one to learn from."""
+
+    text: str
+    answers: tuple[str, ...]
+
+
+def draw_facts(rng: random.Random, count: int) -> tuple[Fact, ...]:
+    """`count` facts; every other one has a time."""
+    firsts, things, places = (draw_distinct(rng, words, count) for words in (FIRST_NAMES, THINGS, PLACES))
+    facts = []
+    for first, thing, place in zip(firsts, things, places, strict=True):
+        base, past = pick(rng, VERBS)
+        time = ""
+        if rng.random() < 0.5:
+            time = f"{1 + int(rng.random() * 12)}:{pick(rng, ('00', '15', '30', '45'))}"
+        facts.append(Fact(first, pick(rng, FAMILY_NAMES), base, past, pick(rng, QUALITIES), thing, place, time))
+    return tuple(facts)
+
+
+def draw_story(rng: random.Random) -> Story:
+    """Two or three facts told one after the other, often with an aside."""
+    facts = draw_facts(rng, 2 + int(rng.random() * 2))
+    sentences = [fact.fill(pick(rng, SENTENCES)) for fact in facts]
+    if rng.random() < 0.6:
+        sentences.insert(int(rng.random() * (len(sentences) + 1)), pick(rng, ASIDES))
+    return Story(facts, " ".join(sentences))
+
+
+def draw_talk(rng: random.Random) -> Story:
+    """Two facts, told by two people to each other, one turn a line."""
+    facts = draw_facts(rng, 2)
+    one, other = facts
+    lines = [
+        f"{one.first}: {pick(rng, GREETINGS).format(friend=other.first)} {one.fill(pick(rng, TOLD))}",
+        f"{other.first}: {pick(rng, REPLIES).format(friend=one.first)} {other.fill(pick(rng, TOLD))}",
+    ]
+    if rng.random() < 0.6:
+        lines.append(f"{one.first}: {pick(rng, GOODBYES)}")
+    return Story(facts, "\n".join(lines))
+
+
+def draw_question(rng: random.Random, story: Story) -> Question:
+    """Who, what, where or when, about one of the facts; one of two wordings of the answer comes first, by chance."""
+    fact = pick(rng, story.facts)
+    kinds = [
+        ("Who {past} the {thing}?", ("{first}", "{first} {family}")),
+        ("What did {first} {base}?", ("{some} {quality} {thing}", "{none} {thing}")),
+        ("Where did {first} {base} the {thing}?", ("the {place}", "at the {place}")),
+    ]
+    if fact.time:
+        kinds.append(("When did {first} {base} the {thing}?", ("{time}", "at {time}")))
+    question, wordings = pick(rng, kinds)
+    answers = [
+        wording.format(
+            first=fact.first, family=fact.family, some=_article(fact.quality), none=_article(fact.thing),
+            quality=fact.quality, thing=fact.thing, place=fact.place, time=fact.time,
+        )
+        for wording in wordings
+    ]  # fmt: skip
+    if rng.random() < 0.5:
+        answers.reverse()
+    return Question(fact.fill(question), tuple(answers))
+
+
+def draw_claim(rng: random.Random, story: Story) -> tuple[str, bool]:
+    """A yes-or-no question and whether yes is right. What is false is false by a word from another fact of the story."""
+    fact, other = draw_distinct(rng, story.facts, 2)
+    true = rng.random() < 0.5
+    about = fact if true else other
+    question = pick(rng, ("Did {name} {base} the {thing}?", "Was {name} at the {place}?"))
+    return question.format(name=fact.first, base=fact.base, thing=about.thing, place=about.place), true
+
+
+def draw_summary(rng: random.Random, story: Story) -> str:
+    """What the first two did, in one sentence or two; whether quality and place are named is chance."""
+    clauses = []
+    for fact in story.facts[:2]:
+        thing = "{some} {quality} {thing}" if rng.random() < 0.5 else f"{_article(fact.thing)} {{thing}}"
+        place = " at the {place}" if rng.random() < 0.5 else ""
+        clauses.append(fact.fill(f"{{first}} {{past}} {thing}{place}"))
+    return pick(rng, (" and ", ". ", ", while ")).join(clauses) + "."
+
+
+@cache
+def _splits() -> dict[tuple[str, str], tuple[Story, ...]]:
+    taken: set[tuple[Fact, ...]] = set()
+    splits: dict[tuple[str, str], tuple[Story, ...]] = {}
+    for kind in KINDS:
+        for split, size in SPLIT_SIZES.items():
+            rng = random.Random(f"{kind} {split}")
+            stories: list[Story] = []
+            while len(stories) < size:
+                story = draw_talk(rng) if kind == "summary" else draw_story(rng)
+                if story.facts not in taken:
+                    taken.add(story.facts)
+                    stories.append(story)
+            splits[kind, split] = tuple(stories)
+    return splits
+
+
+def split_stories(kind: str, split: str) -> tuple[Story, ...]:
+    """All stories of `train`, `validation` or `test` for one of KINDS; no two of all these have the same facts."""
+    return _splits()[kind, split]
+
+
+@cache
+def held_out() -> frozenset[tuple[Fact, ...]]:
+    """The facts of every story of every split: what pre-training must not see."""
+    return frozenset(story.facts for stories in _splits().values() for story in stories)
+
+
+def pretraining_stories(rng: random.Random, draw: Callable[[random.Random], Story]) -> Iterator[Story]:
+    """An endless stream of stories for pre-training, those of the splits left out."""
+    reserved = held_out()
+    while True:
+        story = draw(rng)
+        if story.facts not in reserved:
+            yield story
+
+
+def row_of(kind: str, story: Story, rng: random.Random) -> dict[str, Any]:
+    """The raw row of one of KINDS about a story: what the task of that kind turns into an example."""
+    if kind == "qa":
+        question = draw_question(rng, story)
+        return {"context": story.text, "question": question.text, "answers": list(question.answers)}
+    if kind == "yesno":
+        text, true = draw_claim(rng, story)
+        return {"passage": story.text, "question": text, "answer": true}
+    return {"dialogue": story.text, "summary": draw_summary(rng, story)}
+
+
+def split_rows(kind: str, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a split, one a story; what is asked and how it is worded is drawn by the story's own text."""
+    for story in split_stories(kind, split):
+        yield row_of(kind, story, random.Random(story.text))
