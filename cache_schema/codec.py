@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_schema.manifest import Manifest
-from cache_schema.schema import TEXT_COLUMNS, CacheRow, Columns, Status, TextRow
+from cache_schema.schema import TEXT_COLUMNS, AlignmentRow, CacheRow, Columns, Status, TextRow
 
 MAX_GAP = 2**24 - 1
 
@@ -133,7 +133,7 @@ class RowGroup:
         return self._rows
 
     def row(self, i: int) -> TextRow:
-        """Row i of the group: a CacheRow with arrays of its own, or a TextRow when only text was read."""
+        """Row i of the group, with arrays of its own: of the type that its columns make (see `Columns`)."""
         text = {name: self._plain[name][i] for name in TEXT_COLUMNS}
         if self._columns is Columns.TEXT:
             return TextRow(**text)
@@ -141,20 +141,25 @@ class RowGroup:
         if ids_N is None:
             raise ValueError("answer_ids is null")
         n, k, t = len(ids_N), self._manifest.top_k, len(self._manifest.temperatures)
+        status_N = self._block("status", i, n)
+        _expect_range("status", status_N, max(Status))
+        _expect_range("answer_ids", ids_N, self._manifest.vocab_size - 1)
+        tokens = text | {
+            "answer_ids": ids_N.copy(),
+            "answer_offsets": self._block("answer_offsets", i, n, 2),
+            "status": status_N,
+        }
+        if self._columns is Columns.ALIGNMENT:
+            return AlignmentRow(**tokens)
         top_N = self._block("top_logit", i, n)
         gaps_NK = self._block("gaps", i, n, k)
-        status_N = self._block("status", i, n)
-        ids_NK = self._block("token_ids", i, n, k) if self._manifest.store_ids else None
+        with_ids = self._manifest.store_ids and self._columns is Columns.ALL
+        ids_NK = self._block("token_ids", i, n, k) if with_ids else None
         _expect_range("gaps", gaps_NK, MAX_GAP)
-        _expect_range("status", status_N, max(Status))
-        for name, ids in (("answer_ids", ids_N), ("token_ids", ids_NK)):
-            _expect_range(name, ids, self._manifest.vocab_size - 1)
+        _expect_range("token_ids", ids_NK, self._manifest.vocab_size - 1)
         return CacheRow(
-            **text,
-            answer_ids=ids_N.copy(),
+            **tokens,
             answer_start=self._plain["answer_start"][i],
-            answer_offsets=self._block("answer_offsets", i, n, 2),
-            status=status_N,
             top_logit=top_N,
             logits=decode_gaps(top_N, gaps_NK, self._manifest.step),
             token_ids=ids_NK,

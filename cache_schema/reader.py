@@ -2,7 +2,7 @@
 
     reader = CacheReader.open(folder, expect=identity)
     rows = reader.read([5, 0, 977])                    # decoded, in this order
-    for text in reader.rows(TEXT): ...                 # the text columns alone
+    for text in reader.rows(TEXT): ...                 # the text columns alone; see `Columns`
 
 Opening a sealed cache reads its manifest and `sealed.json`, whatever its size. Nothing is believed unchecked: footers
 by SHA-256, pages by checksum, documents by theirs; damage is a CorruptShard, never a wrong number.
@@ -15,14 +15,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 from cache_schema.codec import RowGroup
 from cache_schema.errors import IncompleteCache
 from cache_schema.layout import Layout
 from cache_schema.manifest import Manifest, load_vocabulary
 from cache_schema.record import CommitRecord, Seal, Totals
-from cache_schema.schema import ALL, CacheRow, Columns, TextRow
+from cache_schema.schema import ALL, AlignmentRow, CacheRow, Columns, TextRow
 from cache_schema.shard import ShardFile
 
 MEMORY_BYTES = 512 << 20
@@ -85,14 +85,16 @@ class CacheReader:
         return load_vocabulary(self.root, self.manifest)
 
     @overload
-    def read(self, indices: Sequence[int], columns: Literal[Columns.ALL] = ...) -> list[CacheRow]: ...
+    def read(self, indices: Sequence[int], columns: Literal[Columns.ALL, Columns.RANKED] = ...) -> list[CacheRow]: ...
     @overload
-    def read(self, indices: Sequence[int], columns: Literal[Columns.TEXT]) -> list[TextRow]: ...
-    def read(self, indices: Sequence[int], columns: Columns = ALL) -> list[CacheRow] | list[TextRow]:
+    def read(self, indices: Sequence[int], columns: Literal[Columns.ALIGNMENT]) -> list[AlignmentRow]: ...
+    @overload
+    def read(self, indices: Sequence[int], columns: Columns) -> list[TextRow]: ...
+    def read(self, indices: Sequence[int], columns: Columns = ALL) -> list[Any]:
         """The rows with these numbers, in the order asked; row t of each predicts answer token t.
 
-        Each row has arrays of its own. Rows that lie together are read together, whatever the order. Raises
-        IndexError for a number outside 0 to len - 1, CorruptShard.
+        `columns` decides what a row holds; nothing else is read. Each row has arrays of its own. Rows that lie together
+        are read together, whatever the order. Raises IndexError for a number outside 0 to len - 1, CorruptShard.
         """
         found: dict[int, TextRow] = {}
         for index in sorted(set(indices)):
@@ -100,17 +102,17 @@ class CacheReader:
             rows = self._group(which, group, columns)
             with self._files[which].reading():
                 found[index] = rows.row(row)
-        if columns is Columns.TEXT:
-            return [found[index] for index in indices]
-        return [cast(CacheRow, found[index]) for index in indices]
+        return [found[index] for index in indices]
 
     @overload
-    def rows(self, columns: Literal[Columns.ALL] = ...) -> Iterator[CacheRow]: ...
+    def rows(self, columns: Literal[Columns.ALL, Columns.RANKED] = ...) -> Iterator[CacheRow]: ...
     @overload
-    def rows(self, columns: Literal[Columns.TEXT]) -> Iterator[TextRow]: ...
-    def rows(self, columns: Columns = ALL) -> Iterator[CacheRow] | Iterator[TextRow]:
+    def rows(self, columns: Literal[Columns.ALIGNMENT]) -> Iterator[AlignmentRow]: ...
+    @overload
+    def rows(self, columns: Columns) -> Iterator[TextRow]: ...
+    def rows(self, columns: Columns = ALL) -> Iterator[Any]:
         """Every row in order, one at a time."""
-        return (row for i in range(len(self)) for row in self.read([i], columns))  # type: ignore[call-overload]
+        return (row for i in range(len(self)) for row in self.read([i], columns))
 
     def _locate(self, index: int) -> tuple[int, int, int]:
         """Record, row group and row within the group of a row number."""

@@ -31,16 +31,6 @@ class Status(IntEnum):
         return self.name.lower()
 
 
-class Columns(Enum):
-    """Which columns to read. TEXT is all that plain fine-tuning needs, and a small part of the bytes."""
-
-    ALL = "all"
-    TEXT = "text"
-
-
-ALL: Final = Columns.ALL
-TEXT: Final = Columns.TEXT
-
 TEXT_COLUMNS = ("example_id", "task", "prompt", "answer")
 NUMBER_COLUMNS = (
     "answer_ids",
@@ -53,6 +43,32 @@ NUMBER_COLUMNS = (
     "logsumexp",
     "log_tail",
 )
+ALIGNMENT_COLUMNS = (*TEXT_COLUMNS, "answer_ids", "answer_offsets", "status")
+
+
+class Columns(Enum):
+    """Which columns to read, cheapest first: text is a small part of the bytes, token ids are most of them."""
+
+    TEXT = "text"  # a TextRow: all that plain fine-tuning needs
+    ALIGNMENT = "alignment"  # an AlignmentRow: where the teacher's tokens lie in the answer, and which are usable
+    RANKED = "ranked"  # a CacheRow without token ids: what a rank-ordered loss needs
+    ALL = "all"  # a CacheRow
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns of the file."""
+        if self is Columns.TEXT:
+            return TEXT_COLUMNS
+        if self is Columns.ALIGNMENT:
+            return ALIGNMENT_COLUMNS
+        every = (*TEXT_COLUMNS, *NUMBER_COLUMNS)
+        return tuple(name for name in every if self is Columns.ALL or name != "token_ids")
+
+
+TEXT: Final = Columns.TEXT
+ALIGNMENT: Final = Columns.ALIGNMENT
+RANKED: Final = Columns.RANKED
+ALL: Final = Columns.ALL
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,20 +82,26 @@ class TextRow:
 
 
 @dataclass(frozen=True, eq=False)
-class CacheRow(TextRow):
+class AlignmentRow(TextRow):
+    """One example with the teacher's tokens of its answer; position t is the one that predicts answer token t."""
+
+    answer_ids: NDArray[np.int32]  # [N] teacher token ids of the answer, end-of-sequence included
+    answer_offsets: NDArray[np.int32]  # [N, 2] start and end in `answer`, Unicode code points, end exclusive
+    status: NDArray[np.uint8]  # [N] a `Status`; the numbers of a position that is not 0 mean nothing
+
+
+@dataclass(frozen=True, eq=False)
+class CacheRow(AlignmentRow):
     """One example with the teacher's distributions; row t predicts answer token t.
 
     When writing, the numbers of a position whose status is not 0 may be anything: zeros are stored. When reading,
     `logits` are decoded: exact at rank 0, within half a step (and a float32 rounding) elsewhere.
     """
 
-    answer_ids: NDArray[np.int32]  # [N] teacher token ids of the answer, end-of-sequence included
     answer_start: int  # index of the first answer token in the unpadded teacher input (the decoder's for seq2seq)
-    answer_offsets: NDArray[np.int32]  # [N, 2] start and end in `answer`, Unicode code points, end exclusive
-    status: NDArray[np.uint8]  # [N] a `Status`; the numbers of a position that is not 0 mean nothing
     top_logit: NDArray[np.float32]  # [N] the largest raw logit
     logits: NDArray[np.float32]  # [N, K] raw logits, rank 0 first
-    token_ids: NDArray[np.int32] | None  # [N, K] ids by rank; None when the manifest says store_ids false
+    token_ids: NDArray[np.int32] | None  # [N, K] ids by rank; None where not stored (store_ids false) or not read
     logsumexp: NDArray[np.float32]  # [N, T] of logit / temperature, over the full vocabulary
     log_tail: NDArray[np.float32] | None  # [N, T] the same over the ids outside the top K; None when K = V
 

@@ -24,7 +24,7 @@ from cache_schema.errors import CorruptShard, InvalidRow
 from cache_schema.jsondoc import canonical
 from cache_schema.manifest import Manifest
 from cache_schema.record import CommitRecord
-from cache_schema.schema import TEXT_COLUMNS, CacheRow, Columns
+from cache_schema.schema import CacheRow, Columns
 
 GROUP_VALUES = 1 << 22  # numbers of `gaps` in a row group: 16 MiB decoded, what one random read costs
 
@@ -159,13 +159,12 @@ class ShardFile:
         return metadata
 
     def group(self, index: int, columns: Columns) -> RowGroup:
-        """Read one row group."""
-        names = list(TEXT_COLUMNS) if columns is Columns.TEXT else None
+        """Read these columns of one row group, and no byte of the others."""
         with (
             self.reading(),
             pq.ParquetFile(self.path, metadata=self._metadata, page_checksum_verification=True) as file,
         ):
-            table = file.read_row_group(index, columns=names)
+            table = file.read_row_group(index, columns=list(columns.names))
             if table.num_rows != self.group_rows[index]:
                 raise ValueError(f"row group {index} has {table.num_rows} rows, expected {self.group_rows[index]}")
             return RowGroup(table, self._manifest, columns)

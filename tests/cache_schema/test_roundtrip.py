@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_schema.errors import CorruptShard
 from cache_schema.reader import CacheReader
-from cache_schema.schema import TEXT, CacheRow, TextRow
+from cache_schema.schema import ALIGNMENT, ALL, RANKED, TEXT, AlignmentRow, CacheRow, TextRow
 
 
 def assert_same(read: CacheRow, written: CacheRow, step: float) -> None:
@@ -72,6 +74,36 @@ def test_order_repeats_and_text_projection(toy, cache):
     texts = list(reader.rows(TEXT))
     assert all(type(text) is TextRow for text in texts)
     assert [(t.prompt, t.answer) for t in texts] == [(r.prompt, r.answer) for r in reader.rows()]
+
+
+def test_projections_hold_what_they_say_and_read_nothing_else(make_toy, tmp_path):
+    """A byte of a column that was not asked for may be wrong; one of a column that was asked for may not."""
+    toy = make_toy(examples=3, shard_examples=3, store_ids=True)
+    cache = toy.build(tmp_path / "c")
+    reader = CacheReader.open(cache)
+    for aligned, ranked, row in zip(reader.rows(ALIGNMENT), reader.rows(RANKED), reader.rows(), strict=True):
+        assert type(aligned) is AlignmentRow and type(ranked) is CacheRow
+        assert (aligned.example_id, aligned.answer) == (row.example_id, row.answer)
+        for name in ("answer_ids", "answer_offsets", "status"):
+            np.testing.assert_array_equal(getattr(aligned, name), getattr(row, name))
+        assert ranked.token_ids is None and row.token_ids is not None
+        for name in ("answer_ids", "answer_offsets", "status", "top_logit", "logits", "logsumexp", "log_tail"):
+            np.testing.assert_array_equal(getattr(ranked, name), getattr(row, name))
+
+    path = next((cache / "shards").glob("*.parquet"))
+    whole, group = path.read_bytes(), pq.read_metadata(path).row_group(0)
+    columns = {group.column(i).path_in_schema.partition(".")[0]: group.column(i) for i in range(group.num_columns)}
+    for victim, unread in (("token_ids", (TEXT, ALIGNMENT, RANKED)), ("gaps", (TEXT, ALIGNMENT)), ("status", (TEXT,))):
+        damaged = bytearray(whole)
+        damaged[columns[victim].data_page_offset + columns[victim].total_compressed_size - 2] ^= 1
+        path.write_bytes(damaged)
+        for projection in (TEXT, ALIGNMENT, RANKED, ALL):
+            rows = CacheReader.open(cache).rows(projection)
+            if projection in unread:
+                assert len(list(rows)) == 3
+            else:
+                with pytest.raises(CorruptShard):
+                    list(rows)
 
 
 def test_rows_belong_to_the_caller(cache):
