@@ -5,7 +5,7 @@ import pytest
 import torch
 import toys
 from numpy.typing import NDArray
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax, logsumexp, softmax
 from torch import Tensor
 
 from stage2_student import losses
@@ -124,22 +124,104 @@ def test_kl_is_stable_where_the_tail_is_nothing() -> None:
     assert student.grad.isfinite().all() and student.grad.abs().max() < 1e-6
 
 
+def ranked(cached: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the rank-ordered loss takes of a cache: everything but the ids."""
+    return {name: value for name, value in cached.items() if name != "ids_NK"}
+
+
+def full_uld(student: Array, teacher: Array, temperature: float) -> Array:
+    """Per position: both vocabularies whole, sorted, zero-padded to the longer, L1 (arXiv 2402.12030)."""
+    p, q = (np.sort(softmax(side / temperature, axis=1), axis=1)[:, ::-1] for side in (teacher, student))
+    width = max(p.shape[1], q.shape[1])
+    p, q = (np.pad(side, ((0, 0), (0, width - side.shape[1]))) for side in (p, q))
+    return np.abs(p - q).sum(axis=1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.2])
+@pytest.mark.parametrize("student_vocab", [3, V - 1, V, V + 1, 40])
+def test_uld_without_truncation_is_the_papers(student_vocab: int, temperature: float) -> None:
+    """K = V: the student's vocabulary smaller than, as large as and larger than the teacher's."""
+    _, teacher, cached = example(V, temperature)
+    student = np.random.default_rng(1).normal(0, 3, (N, student_vocab))
+    found = losses.uld(torch.from_numpy(student), temperature=temperature, **ranked(cached))
+    assert found.item() == pytest.approx(full_uld(student, teacher, temperature).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("student_vocab", [3, K, K + 1, 40])
+def test_uld_is_off_by_no_more_than_its_bound(student_vocab: int) -> None:
+    """0 <= full - ours <= 2 min(p_tail, q_tail) at every position, and both sides are reached by something."""
+    errors, bounds = [], []
+    for seed in range(40):
+        _, teacher, cached = example(K, 1.2, seed, spread=0.5 + seed / 10)
+        student = np.random.default_rng(100 + seed).normal(0, 0.5 + (seed % 7) / 2, (N, student_vocab))
+        expected = full_uld(student, teacher, 1.2)
+        q = np.sort(softmax(student / 1.2, axis=1), axis=1)[:, ::-1]
+        p_tail = (cached["log_tail_N"] - cached["logsumexp_N"]).exp().numpy()
+        for n in range(N):
+            one = {name: value[n : n + 1] for name, value in ranked(cached).items()}
+            ours = losses.uld(torch.from_numpy(student[n : n + 1]), temperature=1.2, **one).item()
+            errors.append(expected[n] - ours)
+            bounds.append(2 * min(p_tail[n], q[n, K:].sum()))
+    assert (np.array(errors) >= -1e-12).all() and (np.array(errors) <= np.array(bounds) + 1e-12).all()
+    if student_vocab <= K:
+        assert max(np.abs(errors)) < 1e-12  # nothing beyond K on one side: exact
+    else:
+        assert max(errors) > 0.01 and max(bounds) > 0.1
+
+
+def test_uld_divides_both_sides_by_the_temperature() -> None:
+    """The cached normalisers are those of T; with those of another T the sum is another."""
+    _, teacher, cached = example(V, 2.0)
+    assert losses.uld(torch.from_numpy(teacher), temperature=2.0, **ranked(cached)).item() == pytest.approx(0, abs=1e-9)
+    assert losses.uld(torch.from_numpy(teacher / 2), temperature=2.0, **ranked(cached)).item() > 0.5
+    _, _, other = example(V, 1.0)
+    assert losses.uld(torch.from_numpy(teacher), temperature=2.0, **ranked(other)).item() > 0.5
+
+
+def test_uld_does_not_see_which_token_is_which() -> None:
+    student, _, cached = example()
+    order = torch.from_numpy(np.random.default_rng(3).permutation(V))
+    logits = torch.from_numpy(student).requires_grad_()
+    shuffled = torch.from_numpy(student)[:, order].requires_grad_()
+    for values in (logits, shuffled):
+        losses.uld(values, temperature=1.0, **ranked(cached)).backward()
+    found, expected = (losses.uld(v, temperature=1.0, **ranked(cached)).item() for v in (shuffled, logits))
+    assert found == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(shuffled.grad, logits.grad[:, order])
+
+
+def test_uld_is_bounded_by_two_and_its_gradient_finite_at_the_extremes() -> None:
+    """float32, a certain student against a flat teacher: 2 (1 - 1/V), and no NaN from a tail of nothing."""
+    student = torch.full((1, V), -200.0)
+    student[0, 7] = 200.0
+    student.requires_grad_()
+    flat = torch.zeros(1, K), torch.full((1,), float(np.log(V))), torch.full((1,), float(np.log(V - K)))
+    loss = losses.uld(student, *flat, torch.ones(1, dtype=torch.bool), 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(2 * (1 - 1 / V), abs=1e-6)
+    assert student.grad.isfinite().all()
+
+
+def call(component: str, logits: Tensor, cached: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """A loss by its name."""
+    if component == "ce":
+        return losses.cross_entropy(logits, torch.tensor([3, 0, 11, 5, 5]))
+    if component == "kl":
+        return losses.kl(logits, temperature=temperature, **cached)
+    if component == "uld":
+        return losses.uld(logits, temperature=temperature, **ranked(cached))
+    return losses.logit_mse(logits, cached["teacher_NK"], cached["ids_NK"], cached["usable_N"])
+
+
 @pytest.mark.parametrize("k", [K, V])
-@pytest.mark.parametrize("component", ["ce", "logit_mse", "kl"])
+@pytest.mark.parametrize("component", ["ce", "logit_mse", "kl", "uld"])
 def test_gradients(component: str, k: int) -> None:
     student, _, cached = example(k, temperature=1.7, spread=1.0)
-
-    def loss(logits: Tensor) -> Tensor:
-        if component == "ce":
-            return losses.cross_entropy(logits, torch.tensor([3, 0, 11, 5, 5]))
-        if component == "kl":
-            return losses.kl(logits, temperature=1.7, **cached)
-        return losses.logit_mse(logits, cached["teacher_NK"], cached["ids_NK"], cached["usable_N"])
-
-    assert torch.autograd.gradcheck(loss, torch.from_numpy(student).requires_grad_())
+    logits = torch.from_numpy(student).requires_grad_()
+    assert torch.autograd.gradcheck(lambda values: call(component, values, cached, 1.7), logits)
 
 
-@pytest.mark.parametrize("component", ["logit_mse", "kl"])
+@pytest.mark.parametrize("component", ["logit_mse", "kl", "uld"])
 def test_unusable_positions_are_not_read(component: str) -> None:
     """NaN in the numbers of a quarantined position reaches neither the sum nor a gradient."""
     student, _, cached = example()
@@ -152,11 +234,7 @@ def test_unusable_positions_are_not_read(component: str) -> None:
             for name in ("teacher_NK", "logsumexp_N", "log_tail_N"):
                 inputs[name][~mask] = torch.nan
             inputs["ids_NK"][~mask] = 0
-        inputs["usable_N"] = mask
-        if component == "kl":
-            loss = losses.kl(logits, temperature=1.0, **inputs)
-        else:
-            loss = losses.logit_mse(logits, inputs["teacher_NK"], inputs["ids_NK"], mask)
+        loss = call(component, logits, inputs | {"usable_N": mask})
         loss.backward()
         return loss.item(), logits.grad
 
@@ -170,25 +248,20 @@ def test_unusable_positions_are_not_read(component: str) -> None:
     assert nothing == 0 and (gradient == 0).all()
 
 
-def test_sums_over_chunks_add_up() -> None:
+@pytest.mark.parametrize("component", ["logit_mse", "kl", "uld"])
+def test_sums_over_chunks_add_up(component: str) -> None:
     student, _, cached = example()
-    whole = losses.kl(torch.from_numpy(student), temperature=1.0, **cached)
+    whole = call(component, torch.from_numpy(student), cached)
     parts = [
-        losses.kl(torch.from_numpy(student[n : n + 2]), temperature=1.0, **{k: v[n : n + 2] for k, v in cached.items()})
+        call(component, torch.from_numpy(student[n : n + 2]), {k: v[n : n + 2] for k, v in cached.items()})
         for n in range(0, N, 2)
     ]
     assert sum(parts).item() == pytest.approx(whole.item())
 
 
-@pytest.mark.parametrize("component", ["logit_mse", "kl"])
+@pytest.mark.parametrize("component", ["logit_mse", "kl", "uld"])
 def test_rows_shifted_by_one_do_not_vanish(component: str) -> None:
     """The control of the alignment: the teacher's own logits are a perfect student, one place on they are not."""
     _, teacher, cached = example()
-
-    def loss(logits: Tensor) -> float:
-        if component == "kl":
-            return losses.kl(logits, temperature=1.0, **cached).item()
-        return losses.logit_mse(logits, cached["teacher_NK"], cached["ids_NK"], cached["usable_N"]).item()
-
-    assert loss(torch.from_numpy(teacher)) == pytest.approx(0, abs=1e-12)
-    assert loss(torch.from_numpy(np.roll(teacher, 1, axis=0))) > 1.0
+    assert call(component, torch.from_numpy(teacher), cached).item() == pytest.approx(0, abs=1e-12)
+    assert call(component, torch.from_numpy(np.roll(teacher, 1, axis=0)), cached).item() > 1.0
