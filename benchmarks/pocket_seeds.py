@@ -5,23 +5,20 @@
 One cache serves all seeds (the training seed is no part of its identity); each seed trains every arm and scores its
 last checkpoint on all test problems. What is there is not done again. Prints a Markdown table and writes seeds.json.
 
-Intervals are 95 %. A baseline has one run: Wilson's over the test problems. An arm's mean over S seeds has two sources
-of error, which problems were drawn and which seed; their half-widths are added in quadrature:
-
-    sqrt((t_{S-1} s / sqrt(S))^2 + (1.96 e)^2)      s: deviation over seeds, e: mean standard error over the problems
-
-and likewise for the difference of two arms, paired by seed and by problem.
+Intervals are 95 %. A baseline has one run: Wilson's over the test problems. An arm's mean over seeds, and the
+difference of two arms paired by seed and by problem, have the interval of `stage3_eval.compare.over_seeds`: which
+problems were drawn and which seed, in quadrature.
 """
 
 import argparse
 import json
-import math
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from stage3_eval.compare import over_seeds
 
 STUDENT, TASK, METRIC = "pocket", "pocket_math", "strict"
 
@@ -39,16 +36,6 @@ def run_seed(seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any
     return conditions
 
 
-def over_seeds(values: Sequence[float], errors: Sequence[float]) -> dict[str, Any]:
-    """Mean, interval, single values; see the module's text. errors: each value's standard error over the problems."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    of_seeds = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    half = math.hypot(of_seeds, 1.96 * statistics.fmean(errors))
-    return {"mean": mean, "interval": [mean - half, mean + half], "seeds": list(values)}
-
-
 def summary(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Every condition, and every arm's difference to sft."""
     first = next(iter(by_seed.values()))
@@ -58,12 +45,17 @@ def summary(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
         if cell["checkpoint"] is None:  # a baseline: no training, the same in every run
             out[name] = {"n": cell["n"], "mean": cell["accuracy"], "interval": cell["interval"], "seeds": []}
             continue
-        out[name] = {"n": cell["n"], **over_seeds([c["accuracy"] for c in cells], [c["standard_error"] for c in cells])}
+        out[name] = {"n": cell["n"], **_row([c["accuracy"] for c in cells], [c["standard_error"] for c in cells])}
         if cell["difference"] is not None:
             found = [c["difference"] for c in cells]
             widths = [(d["interval"][1] - d["interval"][0]) / (2 * 1.96) for d in found]
-            out[name]["difference_to_sft"] = over_seeds([d["mean"] for d in found], widths)
+            out[name]["difference_to_sft"] = _row([d["mean"] for d in found], widths)
     return out
+
+
+def _row(values: Sequence[float], errors: Sequence[float]) -> dict[str, Any]:
+    found = over_seeds(values, errors)
+    return {"mean": found.mean, "interval": [found.low, found.high], "seeds": list(values)}
 
 
 def table(rows: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """Statistics of scores: how sure a number is, and whether two arms differ. Pure; called by `results`.
 
 Two conditions are always compared on the same examples, pair by pair. Right-or-wrong scores get exact tests of
-proportions, other scores the bootstrap (seeded, so a report is a function of its predictions).
+proportions, other scores the bootstrap (seeded, so a report is a function of its predictions). A corpus score (BLEU)
+is no mean over examples: what the bootstrap draws and sums is each example's statistics.
 """
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,31 @@ _RESAMPLES = 10_000
 _SEED = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A score of all examples together. statistics: [n, d], a row an example; of_sum: their sum [d] -> [0, 1]."""
+
+    statistics: npt.NDArray[np.float64]
+    of_sum: Callable[[npt.NDArray[np.float64]], float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric on n examples.
+
+    values: a score of each example in [0, 1]; 0 where the prediction cannot be read, which `unparsable` counts.
+    corpus: set where the reported score is not the mean of `values`. note: what the results should say beside it.
+    """
+
+    values: tuple[float, ...]
+    unparsable: int = 0
+    corpus: Corpus | None = None
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n examples, its standard error and its 95 % interval."""
+    """A score over n examples (their mean, or the corpus score), its standard error and its 95 % interval."""
 
     n: int
     mean: float
@@ -31,13 +55,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of a minus mean of b over the same n examples, its 95 % interval, and the two-sided p-value of none.
+    """Score of a minus score of b over the same n examples, its error and interval, and the two-sided p-value of none.
 
-    better, worse: examples where a scored above b, and below.
+    mean: the difference; standard_error: of it, over examples. better, worse: examples where a scored above b, below.
     """
 
     n: int
     mean: float
+    standard_error: float
     low: float
     high: float
     p: float
@@ -46,35 +71,77 @@ class Difference:
     test: str
 
 
+@dataclass(frozen=True)
+class SeedsEstimate:
+    """The mean over repeats of training, with the share of the seeds and of the examples in its error."""
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+
 def is_binary(values: Values) -> bool:
     """Whether every score is right (1) or wrong (0)."""
     return all(value in (0.0, 1.0) for value in values)
 
 
-def estimate(values: Values) -> Estimate:
-    """Mean with Wilson's interval for right-or-wrong scores, else with a bootstrap interval."""
+def estimate(measured: Measured | Values) -> Estimate:
+    """Wilson's interval for right-or-wrong scores, else the bootstrap's; of a corpus score its error too."""
+    values, corpus = _parts(measured)
     x = np.asarray(values, dtype=np.float64)
     n, mean = len(x), float(x.mean())
+    if corpus is not None:
+        scores = _resampled_scores(corpus)
+        return Estimate(n, _of_all(corpus), float(scores.std(ddof=1)), *_percentiles(scores))
     if is_binary(values):
         low, high = wilson(round(x.sum()), n)
         return Estimate(n, mean, sqrt(mean * (1 - mean) / n), low, high)
-    low, high = _percentiles(_resampled_means(x))
-    return Estimate(n, mean, float(x.std(ddof=1) / sqrt(n)) if n > 1 else 0.0, low, high)
+    return Estimate(n, mean, _error_of_mean(x), *_percentiles(_resampled_means(x)))
 
 
-def difference(a: Values, b: Values) -> Difference:
-    """a minus b, pair by pair: exact McNemar and Newcombe's interval, or the paired bootstrap for other scores."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if x.shape != y.shape or x.ndim != 1 or not len(x):
+def difference(a: Measured | Values, b: Measured | Values) -> Difference:
+    """a minus b, pair by pair: exact McNemar and Newcombe's interval, or the paired bootstrap for other scores.
+
+    Raises ValueError where the two are not scores of the same number of examples, or one alone is a corpus score.
+    """
+    (of_a, corpus_a), (of_b, corpus_b) = _parts(a), _parts(b)
+    x, y = np.asarray(of_a, dtype=np.float64), np.asarray(of_b, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 1 or not len(x) or (corpus_a is None) != (corpus_b is None):
         raise ValueError(f"paired scores of the same examples are needed, found {x.shape} and {y.shape}")
-    better, worse = int((x > y).sum()), int((x < y).sum())
-    mean = float((x - y).mean())
-    if is_binary(a) and is_binary(b):
+    n, better, worse = len(x), int((x > y).sum()), int((x < y).sum())
+    if corpus_a is not None and corpus_b is not None:
+        deltas = _resampled_scores(corpus_a) - _resampled_scores(corpus_b)  # the same draws: the generator is seeded
+        delta, error = _of_all(corpus_a) - _of_all(corpus_b), float(deltas.std(ddof=1))
+        return Difference(n, delta, error, *_interval_and_p(deltas), better, worse, "paired bootstrap of the corpus")
+    delta = float((x - y).mean())
+    if is_binary(of_a) and is_binary(of_b):
         both = int(((x == 1) & (y == 1)).sum())
-        low, high = newcombe_paired(both, better, worse, len(x) - both - better - worse)
-        return Difference(len(x), mean, low, high, mcnemar(better, worse), better, worse, "exact McNemar")
-    low, high, p = paired_bootstrap(x, y)
-    return Difference(len(x), mean, low, high, p, better, worse, "paired bootstrap")
+        low, high = newcombe_paired(both, better, worse, n - both - better - worse)
+        error = sqrt((better + worse) / n - delta**2) / sqrt(n)
+        return Difference(n, delta, error, low, high, mcnemar(better, worse), better, worse, "exact McNemar")
+    return Difference(n, delta, _error_of_mean(x - y), *paired_bootstrap(x, y), better, worse, "paired bootstrap")
+
+
+def over_seeds(values: Sequence[float], errors: Sequence[float]) -> SeedsEstimate:
+    """The mean of S repeats of training, or of S differences paired by seed, with a 95 % interval of two sources.
+
+    Which seed, and which examples were drawn; their half-widths are added in quadrature:
+
+        sqrt((t_{S-1} s / sqrt(S))^2 + (1.96 e)^2)      s: deviation over seeds, e: mean of `errors`
+
+    errors: each value's standard error over the examples (all repeats are scored on the same, so it does not shrink
+    with S). Raises ValueError for fewer than two values: one seed says nothing about seeds.
+    """
+    from scipy.stats import t
+
+    if len(values) < 2 or len(values) != len(errors):
+        raise ValueError(f"two seeds or more are needed, each with its error; found {len(values)} and {len(errors)}")
+    mean, of_examples = statistics.fmean(values), statistics.fmean(errors)
+    of_seeds = statistics.stdev(values) / sqrt(len(values))
+    half = hypot(float(t.ppf(0.975, len(values) - 1)) * of_seeds, Z_95 * of_examples)
+    return SeedsEstimate(mean, hypot(of_seeds, of_examples), mean - half, mean + half, tuple(values))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -124,10 +191,7 @@ def paired_bootstrap(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> 
     delta = a - b
     if not delta.any():
         return 0.0, 0.0, 1.0
-    means = _resampled_means(delta)
-    low, high = _percentiles(means)
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    return low, high, min(1.0, 2 * float(tail + 1) / (len(means) + 1))
+    return _interval_and_p(_resampled_means(delta))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -140,14 +204,43 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _resampled_means(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Means of bootstrap samples, drawn in blocks so that memory stays below 80 MB."""
+def _parts(measured: Measured | Values) -> tuple[Values, Corpus | None]:
+    return (measured.values, measured.corpus) if isinstance(measured, Measured) else (measured, None)
+
+
+def _of_all(corpus: Corpus) -> float:
+    return corpus.of_sum(corpus.statistics.sum(0))
+
+
+def _error_of_mean(x: npt.NDArray[np.float64]) -> float:
+    return float(x.std(ddof=1) / sqrt(len(x))) if len(x) > 1 else 0.0
+
+
+def _draws(n: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Bootstrap samples of n examples, [draws, n] at a time so that memory stays below 80 MB."""
     rng = np.random.default_rng(_SEED)
-    block = max(1, min(_RESAMPLES, 10_000_000 // len(x)))
-    counts = [min(block, _RESAMPLES - start) for start in range(0, _RESAMPLES, block)]
-    return np.concatenate([x[rng.integers(0, len(x), (count, len(x)))].mean(1) for count in counts])
+    block = max(1, min(_RESAMPLES, 10_000_000 // n))
+    for start in range(0, _RESAMPLES, block):
+        yield rng.integers(0, n, (min(block, _RESAMPLES - start), n))
 
 
-def _percentiles(means: npt.NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.percentile(means, [2.5, 97.5])
+def _resampled_means(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.concatenate([x[drawn].mean(1) for drawn in _draws(len(x))])
+
+
+def _resampled_scores(corpus: Corpus) -> npt.NDArray[np.float64]:
+    """Corpus scores of bootstrap samples: each from the sum of the statistics of the examples drawn."""
+    n = len(corpus.statistics)
+    sums = (np.bincount(sample, minlength=n) @ corpus.statistics for drawn in _draws(n) for sample in drawn)
+    return np.array([corpus.of_sum(row) for row in sums])
+
+
+def _percentiles(scores: npt.NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _interval_and_p(deltas: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """Interval of resampled differences, and the two-sided p-value (see `paired_bootstrap`)."""
+    tail = min((deltas <= 0).sum(), (deltas >= 0).sum())
+    return *_percentiles(deltas), min(1.0, 2 * float(tail + 1) / (len(deltas) + 1))

@@ -1,14 +1,18 @@
-"""From predictions to numbers: pure functions, no model, no file. Called by `evaluate` and `results`.
+"""From predictions to numbers: no file is written, no model of the run is loaded. Called by `evaluate` and `results`.
 
-A prediction is scored by its task. None is an answer the metric cannot read: it counts as wrong and is counted apart
-as unparsable. A prediction that is not there is an error, never a wrong answer.
+A prediction is scored by its task, by the metrics of `stage3_eval.metrics`, or by both. An answer that a metric cannot
+read counts as wrong and is counted apart as unparsable. A prediction that is not there is an error, never a wrong
+answer.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import RunError
-from pipeline.tasks import Example, get_task
+from pipeline.sections import Metrics
+from pipeline.tasks import Example, Task, get_task
+from stage3_eval.compare import Measured
+from stage3_eval.metrics import METRICS, metric_module
 from stage3_eval.predictions import Prediction
 
 
@@ -16,13 +20,12 @@ from stage3_eval.predictions import Prediction
 class Scores:
     """One condition on some examples of one task.
 
-    ids: the examples. values: metric -> a value for each of them, in [0, 1], unparsable ones 0. unparsable: metric ->
-    how many had no answer to read. unfinished: how many were cut at eval.max_new_tokens. tokens: written in all.
+    ids: the examples. measured: metric -> its values for them, in the order of the task's metrics. unfinished: how many
+    answers were cut at eval.max_new_tokens. tokens: written in all.
     """
 
     ids: tuple[str, ...]
-    values: Mapping[str, tuple[float, ...]]
-    unparsable: Mapping[str, int]
+    measured: Mapping[str, Measured]
     unfinished: int
     tokens: int
 
@@ -30,29 +33,52 @@ class Scores:
     def n(self) -> int:
         return len(self.ids)
 
+    @property
+    def values(self) -> dict[str, tuple[float, ...]]:
+        return {metric: found.values for metric, found in self.measured.items()}
 
-def score(examples: Sequence[Example], predictions: Mapping[str, Prediction], where: str) -> Scores:
+    @property
+    def unparsable(self) -> dict[str, int]:
+        return {metric: found.unparsable for metric, found in self.measured.items()}
+
+
+def score(
+    examples: Sequence[Example], predictions: Mapping[str, Prediction], where: str, settings: Metrics | None = None
+) -> Scores:
     """Score the predictions (id -> prediction) of examples that are all of one task.
 
-    where: names the condition in errors. Raises RunError where a prediction is missing.
+    where: names the condition in errors. settings: the recipe's eval.metrics.
+    Raises RunError where a prediction is missing, or a metric cannot be computed.
     """
-    task = get_task(examples[0].task)
     missing = [example.id for example in examples if example.id not in predictions]
     if missing:
         raise RunError(
             f"{where}: {len(missing)} of {len(examples)} predictions are missing ({', '.join(missing[:3])}, ...); "
             "run python -m stage3_eval without --rescore to generate them"
         )
-    assert task.score is not None
-    rows = [task.score(predictions[example.id].prediction, example) for example in examples]
     chosen = [predictions[example.id] for example in examples]
     return Scores(
         ids=tuple(example.id for example in examples),
-        values={metric: tuple(float(row[metric] or 0.0) for row in rows) for metric in task.metrics},
-        unparsable={metric: sum(row[metric] is None for row in rows) for metric in task.metrics},
+        measured=_measured(get_task(examples[0].task), examples, chosen, settings or Metrics()),
         unfinished=sum(not prediction.finished for prediction in chosen),
         tokens=sum(prediction.tokens for prediction in chosen),
     )
+
+
+def _measured(
+    task: Task, examples: Sequence[Example], answers: Sequence[Prediction], settings: Metrics
+) -> dict[str, Measured]:
+    """Every metric of the task, its own first asked."""
+    pairs = zip(answers, examples, strict=True)
+    rows = [task.score(answer.prediction, example) for answer, example in pairs] if task.score else []
+    measured = {}
+    for name in task.metrics:
+        if name in METRICS:
+            measured[name] = metric_module(name).measure(name, examples, answers, settings)
+        else:
+            values = [row[name] for row in rows]
+            measured[name] = Measured(tuple(float(v or 0.0) for v in values), sum(v is None for v in values))
+    return measured
 
 
 def mean(values: Sequence[float]) -> float:
