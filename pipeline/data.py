@@ -1,6 +1,12 @@
 """Rows become examples, and examples find their roles: cached, held out, worked example, scored.
 
 All is a pure function of the recipe and the rows, so every stage sees the same split without being told.
+
+The mixture. Of each task that is trained on, `data.tasks.<name>.train` rows are drawn without replacement, seeded by
+`data.seed`, in the order in which they stood; of several tasks the drawn examples are then put in one order by a single
+seeded shuffle, so that every shard of the cache and every early stop holds all tasks in about their shares. A recipe of
+one task keeps the order of its rows. Tasks with `train: 0` are unseen: they have no part in the training set, in its
+identity or in its worked examples, and are only scored.
 """
 
 import hashlib
@@ -10,14 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import DataError, RecipeError, unknown_name
 from pipeline.recipe import Recipe
 from pipeline.sections import Data
-from pipeline.tasks import Example, HubSource, Task, get_task
+from pipeline.tasks import Example, HubSource, Row, Task, get_task
 
 T = TypeVar("T")
 
@@ -53,6 +59,11 @@ class TrainingSet:
     held_out: tuple[Example, ...]
     shots: Shots
 
+    @property
+    def truncated(self) -> int:
+        """How many cached examples have a context that was cut to its task's word limit."""
+        return sum(example.truncated for example in self.cached)
+
     def content_digest(self) -> str:
         """SHA-256 of what is cached and of the shots' text, in order."""
         digest = hashlib.sha256()
@@ -65,13 +76,14 @@ class TrainingSet:
 def training_set(recipe: Recipe) -> TrainingSet:
     """The training examples of a recipe. Raises DataError where a task is missing, empty or too small."""
     data, teacher = recipe.data, recipe.teacher
+    tasks = recipe.trained_tasks
     examples = _limited(
-        [_sample(_examples(name, "train", data), data.tasks[name].train, data.seed) for name in data.tasks],
-        data.train_limit,
-        data.seed,
+        [_examples(name, "train", data, data.tasks[name].train) for name in tasks], data.train_limit, data
     )
+    if len(tasks) > 1:
+        random.Random(f"{data.seed}/mixture").shuffle(examples)
     rows = len(examples)
-    by_task = {name: [e for e in examples if e.task == name] for name in data.tasks}
+    by_task = {name: [e for e in examples if e.task == name] for name in tasks}
     for name, members in by_task.items():
         if len(members) <= teacher.shots:
             raise DataError(
@@ -101,10 +113,41 @@ def training_set(recipe: Recipe) -> TrainingSet:
 
 
 def eval_examples(recipe: Recipe, split: str) -> tuple[Example, ...]:
-    """The examples of a scored split, in the order in which a `curve_limit` cuts them."""
+    """The examples of a scored split of the tasks trained on, in the order in which a `curve_limit` cuts them.
+
+    Of `train` they are a seeded draw from what is cached: what was trained on, and nothing else.
+    """
+    data, tasks = recipe.data, recipe.trained_tasks
+    if split == "train":
+        cached = training_set(recipe).cached
+        per_task = [_sample([e for e in cached if e.task == name], data.tasks[name].eval, data.seed) for name in tasks]
+    else:
+        per_task = [_examples(name, split, data, data.tasks[name].eval) for name in tasks]
+    return tuple(_limited(per_task, data.eval_limit, data))
+
+
+def unseen_examples(recipe: Recipe) -> tuple[Example, ...]:
+    """The test examples of the tasks that are only scored."""
     data = recipe.data
-    per_task = [_sample(_examples(name, split, data), data.tasks[name].eval, data.seed) for name in data.tasks]
-    return tuple(_limited(per_task, data.eval_limit, data.seed))
+    per_task = [_examples(name, "test", data, data.tasks[name].eval) for name in recipe.unseen_tasks]
+    return tuple(_limited(per_task, data.eval_limit, data))
+
+
+def eval_shots(recipe: Recipe) -> Shots:
+    """`eval.shots` worked examples of each unseen task, from its training rows, the same ones before all its prompts.
+
+    Raises DataError where a task has too few training rows.
+    """
+    data, count, seed = recipe.data, recipe.eval.shots, recipe.teacher.shot_seed
+    pool: dict[str, tuple[Example, ...]] = {}
+    for name in recipe.unseen_tasks if count else []:
+        pool[name] = tuple(_examples(name, "train", data, count, seed))
+        if len(pool[name]) < count:
+            raise DataError(
+                f"task {name}: {len(pool[name])} training rows, but eval.shots asks for {count} as worked examples; "
+                "give more rows or fewer eval.shots"
+            )
+    return Shots(count, "shared", seed, pool)
 
 
 def task_options(name: str, data: Data) -> BaseModel:
@@ -123,15 +166,19 @@ def task_options(name: str, data: Data) -> BaseModel:
         ) from None
 
 
-def _examples(name: str, split: str, data: Data) -> list[Example]:
-    """All examples of one task's split, ids unique over tasks and splits."""
+def _examples(name: str, split: str, data: Data, count: int | None, seed: int | None = None) -> list[Example]:
+    """`count` examples of one task's split, drawn by the seed (data.seed if None); ids unique over tasks and splits.
+
+    Rows are drawn before they are converted: a large data set costs what is drawn of it.
+    """
     task, options = get_task(name), task_options(name, data)
     where, rows = _rows(task, split, data, options)
     examples = []
-    for index, row in enumerate(rows):
+    for index in _sample(range(len(rows)), count, data.seed if seed is None else seed):
+        row = rows[index]
         try:
             example = task.to_example(row, index, options)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
                 f"{where}, row {index}: task {name} cannot read it: {type(error).__name__} {error}; "
                 f"found the fields {sorted(row) if isinstance(row, Mapping) else type(row).__name__}"
@@ -144,17 +191,28 @@ def _examples(name: str, split: str, data: Data) -> list[Example]:
     return examples
 
 
-def _rows(task: Task, split: str, data: Data, options: BaseModel) -> tuple[str, Iterable[Mapping[str, Any]]]:
+def _rows(task: Task, split: str, data: Data, options: BaseModel) -> tuple[str, Sequence[Row]]:
     """Where a split comes from, in words for errors, and its rows."""
+    source = task.source
+    rows: Iterable[Row]
     if data.dir is not None:
         path = Path(data.dir) / task.name / f"{split}.jsonl"
-        return str(path), _jsonl(path)
-    if not isinstance(task.source, HubSource):
-        return f"task {task.name}, split {split}", task.source(split, options)
-    return f"{task.source.path} on the Hub, split {split}", _hub(task, task.source, split)
+        where, rows = str(path), _jsonl(path)
+    elif isinstance(source, HubSource):
+        where, rows = f"{source.path} on the Hub, split {split}", _hub(task, source, split)
+    else:
+        return f"task {task.name}, split {split}", list(source(split, options))
+    if isinstance(source, HubSource) and source.rows is not None:
+        try:
+            return where, list(source.rows(rows))
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{where}: task {task.name} cannot gather its rows: {type(error).__name__} {error}"
+            ) from None
+    return where, rows
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
+def _jsonl(path: Path) -> list[Row]:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
         raise DataError(
@@ -171,16 +229,14 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _hub(task: Task, source: HubSource, split: str) -> Iterable[Mapping[str, Any]]:
+def _hub(task: Task, source: HubSource, split: str) -> Sequence[Row]:
     import datasets
 
     if split not in source.splits:
         raise DataError(f"task {task.name} has no split '{split}'; it has {', '.join(source.splits)}")
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-            source.path, source.config, split=source.splits[split]
-        )
-    except (OSError, ValueError) as error:
+        rows: Sequence[Row] = datasets.load_dataset(source.path, source.config, split=source.splits[split])
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"task {task.name}: the data set {source.path} could not be loaded from the Hub: {error}. "
             f"Without a network, put its rows into <folder>/{task.name}/{split}.jsonl and add --set data.dir=<folder>"
@@ -195,6 +251,6 @@ def _sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), count))]
 
 
-def _limited(per_task: list[list[Example]], limit: int | None, seed: int) -> list[Example]:
-    """The tasks' examples in one list, at most `limit` of them, each task keeping its share."""
-    return _sample([example for examples in per_task for example in examples], limit, seed)
+def _limited(per_task: list[list[Example]], limit: int | None, data: Data) -> list[Example]:
+    """The tasks' examples in one list, at most `limit` of them, each task keeping about its share."""
+    return _sample([example for examples in per_task for example in examples], limit, data.seed)

@@ -5,9 +5,10 @@ how a row becomes an example (untemplated prompt and answer), and how a predicti
 """
 
 import importlib
-import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +17,8 @@ from pipeline.errors import RecipeError, unknown_name
 
 Row = Mapping[str, Any]
 Scores = dict[str, float | None]
+
+_DEFINES_TASK = re.compile(r"^TASK\b", re.MULTILINE)
 
 
 class NoOptions(BaseModel):
@@ -54,7 +57,7 @@ class HubSource:
     """A data set on the Hugging Face Hub: its path, its configuration, and our split names in its words.
 
     A split may be a sum of the Hub's (`test_r1+test_r2`). rows: gathers its rows into ours where they are not one to
-    one (several references of an item in rows of their own).
+    one (several references of an item in rows of their own); rows read from `data.dir` go through it too.
     """
 
     path: str
@@ -87,9 +90,12 @@ class Task:
 
 
 def task_names() -> list[str]:
-    """The tasks there are: the modules of this folder that are not helpers (`numbers`)."""
-    helpers = {"numbers"}
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in helpers)
+    """The tasks there are: the modules of this folder that define `TASK`, read but not imported.
+
+    The others are helpers, for several tasks to share.
+    """
+    modules = Path(__file__).parent.glob("[!_]*.py")
+    return sorted(m.stem for m in modules if _DEFINES_TASK.search(m.read_text(encoding="utf-8")))
 
 
 def get_task(name: str) -> Task:
