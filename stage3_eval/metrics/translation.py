@@ -51,7 +51,8 @@ def describe(name: str, settings: Metrics) -> dict[str, Any]:
 
 def _scorers(name: str) -> tuple[Any, Any]:
     """The metric over the corpus, and over one sentence (BLEU: only the orders that it is long enough for)."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     if name == "chrf":
         return CHRF(), CHRF()
