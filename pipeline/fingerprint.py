@@ -39,7 +39,8 @@ class Experiment:
 
     @cached_property
     def teacher_prompts(self) -> PromptBuilder:
-        return PromptBuilder(self.teacher_tokenizer, self.recipe.teacher.thinking)
+        teacher = self.recipe.teacher
+        return PromptBuilder(self.teacher_tokenizer, teacher.thinking, seq2seq=teacher.kind == "seq2seq")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Experiment:
                     "version": get_task(name).version,
                     "options": task_options(name, data).model_dump(mode="json"),
                 }
-                for name in data.tasks
+                for name in self.recipe.trained_tasks
             },
             "data": {"examples": len(self.training_set.cached), "sha256": self.training_set.content_digest()},
             "answers": "reference",

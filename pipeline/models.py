@@ -4,6 +4,7 @@ Weights are read from safetensors only, and no code comes with them (`trust_remo
 """
 
 import hashlib
+import inspect
 import logging
 import os
 import platform
@@ -134,16 +135,42 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def load_config(source: ModelSource) -> Any:
+    """A model's config, before any weight is read. Raises ModelError where it cannot be."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {source.location}: its config.json cannot be read: {_first_line(error)}") from None
+
+
 def load_causal_lm(source: ModelSource, dtype: str, quantization: str, device: torch.device) -> Any:
     """A decoder in evaluation mode, weights frozen. quantization nf4: 4-bit, double quantisation, compute in `dtype`.
 
     Raises ModelError where the folder is no causal model or has no safetensors.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, "a causal model", source, dtype, quantization, device)
+
+
+def load_seq2seq_lm(source: ModelSource, dtype: str, quantization: str, device: torch.device) -> Any:
+    """An encoder-decoder, otherwise as `load_causal_lm`.
+
+    What stays out of nf4 stays in `dtype`: embeddings, head, norms and, by T5's own rule, the feed-forward's `wo`.
+    (transformers keeps `wo` in float32 under float16 only, in which the larger T5s overflow all the same.)
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _load(AutoModelForSeq2SeqLM, "an encoder-decoder", source, dtype, quantization, device)
+
+
+def _load(auto_class: Any, what: str, source: ModelSource, dtype: str, quantization: str, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if quantization == "nf4":
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants a package that calls the Hub
@@ -155,17 +182,11 @@ def load_causal_lm(source: ModelSource, dtype: str, quantization: str, device: t
         )
         options["device_map"] = {"": str(device)}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            revision=source.revision,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
+        model: Any = auto_class.from_pretrained(
+            source.location, revision=source.revision, use_safetensors=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {source.location}: it cannot be loaded as a causal model: {_first_line(error)}"
-        ) from None
+        raise ModelError(f"model {source.location}: it cannot be loaded as {what}: {_first_line(error)}") from None
     if quantization == "none":
         model = model.to(device)
     return model.eval().requires_grad_(False)
@@ -187,20 +208,57 @@ def body_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
     return causal.base_model, causal.get_output_embeddings()
 
 
+def kv_cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """A KV cache as the keyword argument by which this model's forward takes it, as it is or under an adapter.
+
+    transformers 5.24 renamed `past_key_values` to `cache` and warns of the old name.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values": cache}
+
+
 def check_head(model: Any) -> None:
     """Raise ModelError unless head(body(x)) is what the model itself computes (some families scale in between)."""
     body, head = body_and_head(model)
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 9, device=device)[None] % model.config.vocab_size
+    ids = _probe_ids(model)
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
         parts = head(body(input_ids=ids, use_cache=False).last_hidden_state)
+    _same_logits(model, whole, parts)
+
+
+def check_seq2seq_head(model: Any) -> None:
+    """`check_head` for an encoder-decoder: head(scale * decoder(y, encoder(x))), the scale of `head_scale`."""
+    ids = _probe_ids(model)
+    with torch.no_grad():
+        whole = model(input_ids=ids, decoder_input_ids=ids.flip(1), use_cache=False).logits
+        read = model.get_encoder()(input_ids=ids).last_hidden_state
+        hidden = model.get_decoder()(input_ids=ids.flip(1), encoder_hidden_states=read, use_cache=False)
+        parts = model.get_output_embeddings()(hidden.last_hidden_state * head_scale(model))
+    _same_logits(model, whole, parts)
+
+
+def _probe_ids(model: Any) -> Tensor:
+    device, vocab_size = next(model.parameters()).device, int(model.config.vocab_size)
+    return torch.arange(1, 9, device=device)[None] % vocab_size
+
+
+def _same_logits(model: Any, whole: Tensor, parts: Tensor) -> None:
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
         worst = (whole.float() - parts.float()).abs().max().item()
         raise ModelError(
             f"model {model.config.name_or_path} ({model.config.model_type}): its logits are not its head's output "
             f"(they differ by up to {worst:.3g}); this family rescales or caps logits and cannot be taken apart"
         )
+
+
+def head_scale(model: Any) -> float:
+    """What hidden states are multiplied with before the head: d_model ** -0.5 in the first T5, 1 in T5 1.1 and FLAN.
+
+    transformers tells them apart by the config's tie_word_embeddings, which it keeps as scale_decoder_outputs.
+    """
+    config = model.config
+    return float(config.d_model) ** -0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
 
 
 def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
@@ -211,9 +269,10 @@ def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
     head: Any = body_and_head(model)[1]
     weight_VH = head.weight.detach().float()
     bias_V = head.bias.detach().float() if getattr(head, "bias", None) is not None else None
+    scale = head_scale(model)
 
     def logits(hidden_NH: Tensor) -> Tensor:
-        return nn.functional.linear(hidden_NH.float(), weight_VH, bias_V)
+        return nn.functional.linear(hidden_NH.float() * scale, weight_VH, bias_V)
 
     return logits
 

@@ -1,16 +1,22 @@
 """From untemplated text to token ids: the one prompt builder of teacher, training and scoring.
 
-Two layouts. With a chat template the prompt is a user turn, worked examples are earlier turns, and end-of-sequence is
-the token that closes an assistant turn. Without one (plain) the ids are
+Two layouts for a decoder. With a chat template the prompt is a user turn, worked examples are earlier turns, and
+end-of-sequence is the token that closes an assistant turn. Without one (plain) the ids are
 
     [bos, if the tokenizer adds one] + tok(prompt) + tok(" " + answer) + [eos]
 
 and worked examples are the same thing in front, each ending with eos, or the teacher would never learn to stop.
+One for an encoder-decoder (seq2seq):
+
+    encoder   [tok(prompt) + tok(answer) + [eos] of each worked example] + tok(prompt) + [eos]
+    decoder   [pad, the token T5's decoder starts with] + tok(answer) + [eos]
+
 Prompt and answer are always tokenised apart and concatenated, so an answer has the same ids after any prompt.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import ModelError
@@ -23,16 +29,20 @@ _PROBE = "quokka"  # a word no template contains; marks where a turn's content b
 class Encoded:
     """A prompt with its answer, unpadded.
 
-    input_ids: the prompt's ids, then the answer's, end-of-sequence included.
+    input_ids: what the decoder reads: the prompt's ids (seq2seq: the start token alone), then the answer's,
+      end-of-sequence included.
     answer_start: index of the first answer token in input_ids. The distribution that predicts answer token t is
       read at input position answer_start - 1 + t; it is row t of the cache.
     answer_offsets: (start, end) of each answer token in the answer text, Unicode code points, end exclusive;
-      end-of-sequence is (len, len).
+      end-of-sequence is (len, len). `end` is how much of the text is consumed once the token is; tokens that consume
+      one character between them share an end, and only the last of them is a boundary.
+    encoder_ids: what the encoder reads; empty where there is none.
     """
 
     input_ids: list[int]
     answer_start: int
     answer_offsets: list[tuple[int, int]]
+    encoder_ids: list[int] = field(default_factory=list)
 
     @property
     def answer_ids(self) -> list[int]:
@@ -45,12 +55,15 @@ class PromptBuilder:
 
     thinking: the chat template's `enable_thinking`; None: not passed. require_switch: refuse a template that does not
     read the switch (the teacher's side asks for it; a student whose template has no such switch has no such mode).
-    Raises ModelError where the tokenizer cannot serve.
+    seq2seq: for an encoder-decoder. Raises ModelError where the tokenizer cannot serve.
     """
 
-    def __init__(self, tokenizer: Any, thinking: bool | None = None, require_switch: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Any, thinking: bool | None = None, require_switch: bool = True, *, seq2seq: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
-        self.chat = bool(tokenizer.chat_template)
+        self.seq2seq = seq2seq
+        self.chat = bool(tokenizer.chat_template) and not seq2seq
         self.thinking = thinking
         if not tokenizer.is_fast:
             raise ModelError(
@@ -64,34 +77,45 @@ class PromptBuilder:
                     + "; set teacher.thinking=null, or use the tokenizer that has the switch"
                 )
             self.thinking = None
-        self.end_id = self._end_of_turn() if self.chat else tokenizer.eos_token_id
-        if self.end_id is None:
+        end_id: int | None = self._end_of_turn() if self.chat else tokenizer.eos_token_id
+        if end_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path}: it has no end-of-sequence token (eos_token)")
+        self.end_id = end_id
+        self.start_id: int | None = tokenizer.pad_token_id if seq2seq else None
+        if seq2seq and self.start_id is None:
+            raise ModelError(f"tokenizer {tokenizer.name_or_path}: it has no pad_token for the decoder to start with")
         self._prefix_ids = self._added_in_front()
+        self._untrimmed = _untrimmed(tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """What a fingerprint needs to know of the layout."""
-        return {
-            "layout": "chat" if self.chat else "plain",
+        layout = {
+            "layout": "seq2seq" if self.seq2seq else "chat" if self.chat else "plain",
             "chat_template": self.tokenizer.chat_template if self.chat else None,
             "thinking": self.thinking,
             "end_of_sequence": self.tokenizer.convert_ids_to_tokens(self.end_id),
         }
+        return layout | ({"decoder_start": self.tokenizer.pad_token} if self.seq2seq else {})
 
     def prompt_ids(self, prompt: str, shots: Sequence[Example] = ()) -> list[int]:
-        """Ids of everything before the answer, worked examples in front. The next token is answer token 0."""
+        """Ids of everything before the answer, worked examples in front; what the encoder reads, where there is one.
+
+        The next token (the first after the decoder's start) is answer token 0.
+        """
         if self.chat:
             turns = [turn for shot in shots for turn in (_user(shot.prompt), _assistant(shot.answer))]
             return self._tokens(self._render([*turns, _user(prompt)], add_generation_prompt=True))
         ids = list(self._prefix_ids)
         for shot in shots:
             ids += [*self._tokens(shot.prompt), *self._answer(shot.answer)[0]]
-        return ids + self._tokens(prompt)
+        return ids + self._tokens(prompt) + ([self.end_id] if self.seq2seq else [])
 
     def encode(self, prompt: str, answer: str, shots: Sequence[Example] = ()) -> Encoded:
-        """A prompt and its answer as one sequence, with the answer's place and offsets."""
+        """A prompt and its answer, with the answer's place and offsets."""
         before = self.prompt_ids(prompt, shots)
         ids, offsets = self._answer(answer)
+        if self.start_id is not None:
+            return Encoded([self.start_id, *ids], 1, offsets, before)
         return Encoded(before + ids, len(before), offsets)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -104,9 +128,13 @@ class PromptBuilder:
 
     def _answer(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Answer ids and offsets; the plain layout's separating space is the answer's, offsets are clipped."""
-        space = 0 if self.chat else 1
-        enc = self.tokenizer(" " * space + answer, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = [(max(start - space, 0), max(end - space, 0)) for start, end in enc["offset_mapping"]]
+        text = answer if self.chat or self.seq2seq else " " + answer
+        space = len(text) - len(answer)
+        enc = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = enc["offset_mapping"]
+        if self._untrimmed is not None:
+            spans = self._untrimmed.encode(text, add_special_tokens=False).offsets
+        offsets = [(max(start - space, 0), max(end - space, 0)) for start, end in _consumed(text, spans)]
         return [*enc["input_ids"], self.end_id], [*offsets, (len(answer), len(answer))]
 
     def _tokens(self, text: str) -> list[int]:
@@ -157,3 +185,40 @@ def _user(content: str) -> dict[str, str]:
 
 def _assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
+
+
+def _untrimmed(tokenizer: Any) -> Any:
+    """A copy of the tokenizer whose offsets keep their white space, None where they do anyway.
+
+    GPT-NeoX's post-processor trims it: of a token that is a newline and four spaces the offset says one consumed.
+    """
+    from tokenizers import Tokenizer
+
+    described = tokenizer.backend_tokenizer.to_str()
+    if '"trim_offsets":true' not in json.dumps(json.loads(described)["post_processor"], separators=(",", ":")):
+        return None
+    core = Tokenizer.from_str(described)
+    core.post_processor = None
+    core.no_truncation()
+    core.no_padding()
+    return core
+
+
+def _consumed(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets whose ends say how much of `text` is consumed, where the tokenizer's own say less or more.
+
+    Less: a normalizer composed e and an accent into one letter, or dropped a character, and the offset covers the
+    first alone; the end then moves over what no token covers. More: the next token begins inside this one's span (the
+    ½ that became "1/2" and was split; T5's lone `▁`, which is given the first letter of its word); the two then share
+    an end, so that this one is no boundary.
+    """
+    mended: list[tuple[int, int]] = []
+    next_start, next_end = len(text), len(text)
+    for start, end in reversed(offsets):
+        if next_start < end:
+            end = next_end
+        elif text[end:next_start].strip():
+            end += len(text[end:next_start].rstrip())
+        mended.append((start, end))
+        next_start, next_end = start, end
+    return mended[::-1]

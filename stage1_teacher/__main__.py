@@ -44,7 +44,7 @@ def fill(experiment: Any, command: Sequence[str]) -> int:
     from stage1_teacher.teacher import load_teacher, vocabulary_size
 
     recipe, examples = experiment.recipe, experiment.training_set.cached
-    vocab_size = vocabulary_size(recipe)
+    vocab_size = vocabulary_size(recipe, experiment.teacher_prompts)
     if recipe.cache.top_k > vocab_size:
         raise RecipeError(
             f"cache.top_k is {recipe.cache.top_k}, but the teacher's vocabulary has {vocab_size} ids; "
@@ -93,6 +93,7 @@ def fill(experiment: Any, command: Sequence[str]) -> int:
             recipe.cache.temperatures,
             recipe.cache.step,
             recipe.runtime.batch_tokens,
+            recipe.cache.store_ids,
         )
         todo = sum(len(examples[s * manifest.shard_examples :][: manifest.shard_examples]) for s in missing)
         with progress("stage 1", len(examples), "examples", done=len(examples) - todo) as bar:

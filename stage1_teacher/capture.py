@@ -7,7 +7,7 @@ while the teacher computes the next shard; that thread's failure stops the loop.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ class Capture:
     """What is needed to turn one shard's examples into rows.
 
     step: the quantisation step, in logits: a logit too far below the top one to be stored makes its position unusable.
-    batch_tokens: own tokens of a batch, padding included.
+    batch_tokens: own tokens of a batch, the encoder's and the decoder's, padding included.
+    store_ids: whether rows carry the ids of their logits; without, they never leave the device.
     """
 
     teacher: Teacher
@@ -43,6 +44,7 @@ class Capture:
     temperatures: Sequence[float]
     step: float
     batch_tokens: int
+    store_ids: bool = True
 
     def shard(
         self, examples: Sequence[Example], report: Callable[[int], None] = lambda done: None
@@ -59,7 +61,8 @@ class Capture:
             if reason:
                 quarantined.append(QuarantinedExample(example.id, example.task, reason, len(encoded.answer_ids)))
                 continue
-            jobs.append(_Job(example, encoded, TeacherInput(encoded.input_ids[:readable], encoded.answer_start - 1)))
+            read = TeacherInput(encoded.input_ids[:readable], encoded.answer_start - 1, encoded.encoder_ids)
+            jobs.append(_Job(example, encoded, read))
         report(len(quarantined))
         rows: dict[str, CacheRow] = {}
         for context, group in self._by_context(jobs):
@@ -99,8 +102,11 @@ class Capture:
             yield list(key), members
 
     def _shared_context(self, example: Example) -> list[int]:
-        """The ids every prompt of this task begins with: what two prompts with nothing in common share."""
-        if self.shots.policy != "shared":
+        """The ids every prompt of this task begins with: what two prompts with nothing in common share.
+
+        None in an encoder, where the worked examples are read in the light of the prompt behind them.
+        """
+        if self.shots.policy != "shared" or self.prompts.seq2seq:
             return []
         one, other = (self.prompts.prompt_ids(text, self.shots.of(example)) for text in ("0", "a"))
         same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
@@ -111,7 +117,7 @@ class Capture:
         inputs = [job.input for job in batch]
         try:
             chunks = [
-                _on_cpu(select_top_k(logits_NV, self.top_k, self.temperatures))
+                _on_cpu(select_top_k(logits_NV, self.top_k, self.temperatures), self.store_ids)
                 for logits_NV in self.teacher.answer_logits(inputs, context)
             ]
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -123,7 +129,7 @@ class Capture:
             torch.cuda.empty_cache()
         if len(batch) == 1:
             raise OutOfMemory(
-                f"example {batch[0].example.id}: its {len(batch[0].input.input_ids)} tokens do not fit into memory; "
+                f"example {batch[0].example.id}: its {sum(batch[0].lengths)} tokens do not fit into memory; "
                 "use teacher.quantization=nf4, fewer teacher.shots, or a larger device"
             )
         half = len(batch) // 2
@@ -140,6 +146,7 @@ class Capture:
             return np.concatenate([array, np.zeros((n - read, *array.shape[1:]), dtype=array.dtype)])
 
         logits, logsumexp = padded(kept.logits_NK), padded(kept.logsumexp_NT)
+        token_ids = None if kept.token_ids_NK is None else padded(kept.token_ids_NK).astype(np.int32)
         log_tail = None if kept.log_tail_NT is None else padded(kept.log_tail_NT)
         usable = usable_positions(logits[:, 0], logits, logsumexp, log_tail, self.step)[:read] & kept.finite_N.numpy()
         status[:read] = np.where(usable, Status.USABLE, Status.NOT_FINITE)
@@ -156,7 +163,7 @@ class Capture:
             status=status,
             top_logit=logits[:, 0].copy(),
             logits=logits,
-            token_ids=padded(kept.token_ids_NK).astype(np.int32),
+            token_ids=token_ids,
             logsumexp=logsumexp,
             log_tail=log_tail,
         )
@@ -174,19 +181,25 @@ class _Job:
     encoded: Encoded
     input: TeacherInput
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens for the encoder (0 without one) and for the decoder."""
+        return len(self.input.encoder_ids), len(self.input.input_ids)
+
 
 def token_budget_batches(jobs: Sequence[_Job], skipped: int, budget: int) -> Iterator[list[_Job]]:
     """Length-sorted batches, longest first (memory is at its peak at once, not at the end), each of at most `budget`
-    tokens with padding; `skipped` leading tokens of every sequence are the shared context and count nothing."""
-    ordered = sorted(jobs, key=lambda job: (-len(job.input.input_ids), job.example.id))
+    tokens with padding, the encoder's and the decoder's; `skipped` leading tokens of every decoder sequence are the
+    shared context and count nothing. Sorted by the encoder's lengths first: prompts are longer than answers."""
     batch: list[_Job] = []
-    longest = 0
-    for job in ordered:
-        longest = max(longest, len(job.input.input_ids) - skipped)
-        if batch and longest * (len(batch) + 1) > budget:
+    longest = np.zeros(2, dtype=int)
+    for job in sorted(jobs, key=lambda job: (*(-n for n in job.lengths), job.example.id)):
+        own = np.array(job.lengths) - (0, skipped)
+        if batch and np.maximum(longest, own).sum() * (len(batch) + 1) > budget:
             yield batch
-            batch, longest = [], len(job.input.input_ids) - skipped
+            batch, longest = [], own
         batch.append(job)
+        longest = np.maximum(longest, own)
     if batch:
         yield batch
 
@@ -223,22 +236,22 @@ def run_shards(
     return done
 
 
-def _on_cpu(kept: TopK) -> TopK:
+def _on_cpu(kept: TopK, with_ids: bool) -> TopK:
+    ids = kept.token_ids_NK.cpu() if with_ids and kept.token_ids_NK is not None else None
     tail = None if kept.log_tail_NT is None else kept.log_tail_NT.cpu()
-    return TopK(kept.logits_NK.cpu(), kept.token_ids_NK.cpu(), kept.logsumexp_NT.cpu(), tail, kept.finite_N.cpu())
+    return TopK(kept.logits_NK.cpu(), ids, kept.logsumexp_NT.cpu(), tail, kept.finite_N.cpu())
 
 
 def _split(chunks: Sequence[TopK], lengths: Sequence[int]) -> list[TopK]:
     """Row chunks of a batch, regrouped by sequence."""
 
-    def whole(name: str) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat([getattr(chunk, name) for chunk in chunks]).split(list(lengths)))
+    def whole(name: str) -> Sequence[Any]:
+        if getattr(chunks[0], name) is None:
+            return [None] * len(lengths)
+        parts: Sequence[torch.Tensor] = torch.cat([getattr(chunk, name) for chunk in chunks]).split(list(lengths))
+        return parts
 
-    fields = [whole(name) for name in ("logits_NK", "token_ids_NK", "logsumexp_NT")]
-    tails: Sequence[torch.Tensor | None] = [None] * len(lengths)
-    if chunks[0].log_tail_NT is not None:
-        tails = whole("log_tail_NT")
-    return [TopK(*parts) for parts in zip(*fields, tails, whole("finite_N"), strict=True)]
+    return [TopK(*parts) for parts in zip(*(whole(field.name) for field in fields(TopK)), strict=True)]
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -14,13 +14,14 @@ from torch import Tensor
 class TopK:
     """N positions reduced to their K largest logits and exact normalisers.
 
-    logits_NK: raw logits, rank 0 first. token_ids_NK: their ids; equal logits, at the cut too, go by lower id.
+    logits_NK: raw logits, rank 0 first. token_ids_NK: their ids; equal logits, at the cut too, go by lower id; None
+    once the capture loop, whose cache stores no ids, has let them go.
     logsumexp_NT: of logit/T over the full vocabulary. log_tail_NT: of logit/T over the ids outside the K; None when
     K = V. finite_N: False where a logit is NaN or infinite in a way that leaves no distribution; such a row is zeros.
     """
 
     logits_NK: Tensor
-    token_ids_NK: Tensor
+    token_ids_NK: Tensor | None
     logsumexp_NT: Tensor
     log_tail_NT: Tensor | None
     finite_N: Tensor
