@@ -235,7 +235,9 @@ def _hub(task: Task, source: HubSource, split: str) -> Sequence[Row]:
     if split not in source.splits:
         raise DataError(f"task {task.name} has no split '{split}'; it has {', '.join(source.splits)}")
     try:
-        rows: Sequence[Row] = datasets.load_dataset(source.path, source.config, split=source.splits[split])
+        rows: Sequence[Row] = datasets.load_dataset(
+            source.path, source.config, split=source.splits[split], revision=source.revision
+        )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"task {task.name}: the data set {source.path} could not be loaded from the Hub: {error}. "

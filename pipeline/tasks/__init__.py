@@ -58,11 +58,13 @@ class HubSource:
 
     A split may be a sum of the Hub's (`test_r1+test_r2`). rows: gathers its rows into ours where they are not one to
     one (several references of an item in rows of their own); rows read from `data.dir` go through it too.
+    revision: `refs/convert/parquet` where the data set itself is a loading script, which `datasets` no longer runs.
     """
 
     path: str
     config: str | None
     splits: Mapping[str, str]
+    revision: str | None = None
     rows: Callable[[Iterable[Row]], Iterable[Row]] | None = None
 
 

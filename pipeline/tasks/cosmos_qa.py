@@ -33,7 +33,9 @@ TASK = Task(
     name="cosmos_qa",
     version=1,
     summary="what is behind a piece of a blog: four answers to choose from",
-    source=HubSource("allenai/cosmos_qa", None, {"train": "train", "test": "validation"}),
+    source=HubSource(
+        "allenai/cosmos_qa", None, {"train": "train", "test": "validation"}, revision="refs/convert/parquet"
+    ),
     to_example=to_example,
     score=score_accuracy,
     metrics=("accuracy", "label_likelihood"),

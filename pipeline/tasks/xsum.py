@@ -28,7 +28,12 @@ TASK = Task(
     name="xsum",
     version=1,
     summary="news articles and their one-sentence summaries",
-    source=HubSource("EdinburghNLP/xsum", None, {"train": "train", "validation": "validation", "test": "test"}),
+    source=HubSource(
+        "EdinburghNLP/xsum",
+        None,
+        {"train": "train", "validation": "validation", "test": "test"},
+        revision="refs/convert/parquet",
+    ),
     to_example=to_example,
     metrics=("rouge_l", "bert_score"),
     options=ContextOptions,
