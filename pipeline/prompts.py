@@ -15,6 +15,7 @@ Prompt and answer are always tokenised apart and concatenated, so an answer has 
 """
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,7 +131,7 @@ class PromptBuilder:
         """Answer ids and offsets; the plain layout's separating space is the answer's, offsets are clipped."""
         text = answer if self.chat or self.seq2seq else " " + answer
         space = len(text) - len(answer)
-        enc = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        enc = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = enc["offset_mapping"]
         if self._untrimmed is not None:
             spans = self._untrimmed.encode(text, add_special_tokens=False).offsets
@@ -138,7 +139,8 @@ class PromptBuilder:
         return [*enc["input_ids"], self.end_id], [*offsets, (len(answer), len(answer))]
 
     def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # verbose: its own warning of long texts is wrong for T5, which has no window; stages check the model's window
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def _render(self, turns: list[dict[str, str]], **options: Any) -> str:
@@ -209,13 +211,14 @@ def _consumed(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, 
 
     Less: a normalizer composed e and an accent into one letter, or dropped a character, and the offset covers the
     first alone; the end then moves over what no token covers. More: the next token begins inside this one's span (the
-    ½ that became "1/2" and was split; T5's lone `▁`, which is given the first letter of its word); the two then share
-    an end, so that this one is no boundary.
+    ½ that became "1/2" and was split; T5's lone `▁`, which is given the first letter of its word), or with an accent that
+    belongs to this one's letter, whatever the normalizer made of them; the two then share an end, so that this one is
+    no boundary.
     """
     mended: list[tuple[int, int]] = []
     next_start, next_end = len(text), len(text)
     for start, end in reversed(offsets):
-        if next_start < end:
+        if next_start < end or unicodedata.combining(text[next_start : next_start + 1] or " "):
             end = next_end
         elif text[end:next_start].strip():
             end += len(text[end:next_start].rstrip())
