@@ -211,9 +211,9 @@ def _consumed(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, 
 
     Less: a normalizer composed e and an accent into one letter, or dropped a character, and the offset covers the
     first alone; the end then moves over what no token covers. More: the next token begins inside this one's span (the
-    ½ that became "1/2" and was split; T5's lone `▁`, which is given the first letter of its word), or with an accent that
-    belongs to this one's letter, whatever the normalizer made of them; the two then share an end, so that this one is
-    no boundary.
+    ½ that became "1/2" and was split; T5's lone `▁`, which is given the first letter of its word), or with an accent
+    that belongs to this one's letter, whatever a normalizer made of them; the two then share an end, so that this one
+    is no boundary.
     """
     mended: list[tuple[int, int]] = []
     next_start, next_end = len(text), len(text)
