@@ -55,7 +55,9 @@ def value_of(found: Any) -> Any:
         return {"list": list, "tuple": tuple, "set": frozenset}[kind](value_of(part) for part in content)
     if kind in ("complex", "fraction"):
         return {"complex": complex, "fraction": Fraction}[kind](*content)
-    return {"bytes": bytes.fromhex, "decimal": Decimal, "other": lambda _: object()}[kind](content)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    return Decimal(content) if kind == "decimal" else object()
 
 
 def main() -> None:

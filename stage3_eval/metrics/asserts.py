@@ -1,12 +1,13 @@
 """A test of a program, taken apart so that the program never meets what is expected of it. Called by `programs`.
 
 `assert f([1, 2]) == [2, 1]` becomes the expression `f([1, 2])`, which is evaluated where the program is, and the test
-`_0_0 == [2, 1]`, which is evaluated elsewhere with the value as plain data. Whatever the program does to its process, it
-can only answer with a value, and it passes where that value is right.
+`_0_0 == [2, 1]`, which is evaluated elsewhere with the value as plain data. Whatever the program does to its process,
+it can only answer with a value, and it passes where that value is right.
 """
 
 import ast
 import builtins
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,13 @@ class Assertion:
     test: str
 
 
+def parse(code: str) -> ast.Module:
+    """`ast.parse`, silent about odd escapes and comparisons. Raises SyntaxError, and whatever else that raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(code)
+
+
 def split(line: str, names: Iterable[str], number: int = 0) -> Assertion:
     """Take one `assert` apart. names: those that the program defines. number: of the test; its values are `_<number>_0`
     and so on.
@@ -27,7 +35,7 @@ def split(line: str, names: Iterable[str], number: int = 0) -> Assertion:
     it within a comprehension, whose variables exist only there.
     """
     try:
-        body = ast.parse(line.strip()).body
+        body = parse(line.strip()).body
     except SyntaxError as error:
         raise ValueError(f"it is no Python: {error.msg}") from None
     if len(body) != 1 or not isinstance(body[0], ast.Assert):
@@ -41,12 +49,12 @@ def split(line: str, names: Iterable[str], number: int = 0) -> Assertion:
 
 def defined_names(code: str) -> set[str]:
     """The functions, classes and variables that a program defines at its top level. Raises SyntaxError."""
-    return {name for statement in ast.parse(code).body for name in _bound(statement)}
+    return {name for statement in parse(code).body for name in _bound(statement)}
 
 
 def imports_of(code: str) -> str:
     """The imports at a program's top level. Raises SyntaxError."""
-    found = (node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom))
+    found = (node for node in parse(code).body if isinstance(node, ast.Import | ast.ImportFrom))
     return "\n".join(ast.unparse(node) for node in found)
 
 

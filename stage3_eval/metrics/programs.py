@@ -9,10 +9,8 @@ Needs `extra["tests"]`, single `assert` lines, and `extra["setup"]`, code to run
 answer is the reference solution, of which the names defined and the modules imported are read.
 """
 
-import ast
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from pipeline.sections import Metrics
 from pipeline.tasks import Example
 from stage3_eval import sandbox
 from stage3_eval.compare import Measured
-from stage3_eval.metrics.asserts import defined_names, imports_of, split
+from stage3_eval.metrics.asserts import defined_names, imports_of, parse, split
 from stage3_eval.predictions import Prediction
 
 LIBRARIES: dict[str, str] = {}
@@ -73,12 +71,10 @@ def program_of(answer: str) -> str:
 
 def parses(program: str) -> bool:
     """Whether this Python's grammar takes it. An empty program is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd escapes and comparisons: the program's business
-        try:
-            return bool(ast.parse(program).body)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; nested too deeply
-            return False
+    try:
+        return bool(parse(program).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; nested too deeply
+        return False
 
 
 @dataclass(frozen=True)
