@@ -44,7 +44,7 @@ class Example:
     references: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     truncated: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def golds(self) -> tuple[str, ...]:

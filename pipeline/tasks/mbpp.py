@@ -5,7 +5,8 @@ A raw row:
      "code": "def remove_Occ(s,ch): \\r\\n    for i in range(len(s)): ...", "test_setup_code": "",
      "test_list": ["assert remove_Occ(\\"hello\\",\\"l\\") == \\"heo\\"", ...], "challenge_test_list": [...]}
 
-Most code has `\\r\\n` line ends: the task makes them `\\n`, in tests and set-up too. Nothing here runs any code.
+Most code has `\\r\\n` line ends and some ends in a lone `\\r`: the task makes them `\\n`, in tests and set-up too.
+Nothing here runs any code.
 """
 
 from pipeline.tasks import Example, HubSource, NoOptions, Row, Task
@@ -27,7 +28,7 @@ def to_example(row: Row, index: int, options: NoOptions) -> Example:
 
 
 def _unix(text: str) -> str:
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 TASK = Task(

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from collections import Counter
 
 import pytest
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import eval_examples, training_set
+from pipeline.data import eval_examples, eval_shots, training_set, unseen_examples
 from pipeline.errors import DataError, RecipeError
 from pipeline.fingerprint import Experiment
 from pipeline.recipe import load_recipe
@@ -49,6 +50,97 @@ def test_train_and_test_ids_never_meet_and_limits_nest(path):
     test = eval_examples(recipe, "test")
     assert len(test) == 8 and not {e.id for e in test} & {e.id for e in training_set(recipe).cached}
     assert len(eval_examples(load_recipe(path, ["data.eval_limit=3"]), "test")) == 3
+
+
+def test_a_recipe_of_one_task_keeps_its_order():
+    assert training_set(load_recipe("pocket")).content_digest() == (
+        "5bff532bf99c594d8ecfe7a271bce91ebbe57e96f10f2e5bb3b6aedded851e23"
+    )
+
+
+# Three tasks in one recipe, a fourth only scored.
+MIXED = "data.tasks={gsm8k: {train: 20}, eng_spa: {}, boolq: {train: 10, eval: 4}, paws: {train: 0, eval: 6}}"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    path = toys.tiny_recipe(tmp_path_factory.mktemp("mixed"), teacher={"shots": 1}, eval={"shots": 3})
+    for split, count in (("train", 24), ("test", 8)):
+        pairs = [{"translation": {"en": f"{split} {i}", "es": f"el {i}"}} for i in range(count)]
+        asked = [
+            {"question": f"{split} {i}", "answer": i % 2 == 0, "passage": "long " * (i * 25)} for i in range(count)
+        ]
+        alike = [{"sentence1": f"{split} {i}", "sentence2": "b", "label": i % 2} for i in range(count)]
+        for name, rows in (("eng_spa", pairs), ("boolq", asked), ("paws", alike)):
+            toys.write_jsonl(path.parent / "data" / name / f"{split}.jsonl", rows)
+    return str(path)
+
+
+def test_a_mixture_draws_of_each_task_and_shuffles_once(mixed):
+    split = training_set(load_recipe(mixed, [MIXED]))
+    counts = Counter(e.task for e in split.cached)
+    assert counts == {"gsm8k": 19, "eng_spa": 23, "boolq": 9} and split.rows == 54
+    assert {e.task for e in split.cached[:10]} == {"gsm8k", "eng_spa", "boolq"}
+    assert training_set(load_recipe(mixed, [MIXED])) == split
+    other = training_set(load_recipe(mixed, [MIXED, "data.seed=1"]))
+    assert [e.id for e in other.cached] != [e.id for e in split.cached]
+    assert Counter(e.task for e in other.cached) == counts
+    by_id = {e.id: e for e in [*split.cached, *(s for pool in split.shots.pool.values() for s in pool)]}
+    assert len(by_id) == 54
+    alone = training_set(load_recipe(mixed, ["data.tasks={boolq: {train: 10}}"]))
+    assert {e.id for e in [*alone.cached, *alone.shots.pool["boolq"]]} == {i for i in by_id if "boolq" in i}
+    assert split.truncated == sum(len(e.prompt.split("\n\nQ")[0].split()) == 320 for e in split.cached) > 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(train=st.integers(20, 24), seed=st.integers(0, 9), limit=st.integers(30, 50))
+def test_draws_are_without_replacement_and_nest_in_their_task(mixed, train, seed, limit):
+    tasks = f"data.tasks={{gsm8k: {{train: {train}}}, eng_spa: {{}}}}"
+    split = training_set(load_recipe(mixed, [tasks, f"data.seed={seed}", "teacher.shots=0", "eval.baselines=[]"]))
+    ids = [e.id for e in split.cached]
+    assert len(set(ids)) == len(ids) == split.rows == train + 24
+    cut = [tasks, f"data.seed={seed}", f"data.train_limit={limit}", "teacher.shots=0", "eval.baselines=[]"]
+    fewer = {e.id for e in training_set(load_recipe(mixed, cut)).cached}
+    assert len(fewer) == min(limit, train + 24) and fewer <= set(ids)
+
+
+def test_unseen_tasks_are_scored_and_nothing_else(mixed):
+    recipe, without = load_recipe(mixed, [MIXED]), load_recipe(mixed, [MIXED, "data.tasks.paws.train=24"])
+    split = training_set(recipe)
+    assert not any(e.task == "paws" for e in [*split.cached, *split.held_out]) and "paws" not in split.shots.pool
+    assert any(e.task == "paws" for e in training_set(without).cached)
+    unseen = unseen_examples(recipe)
+    assert len(unseen) == 6 and {e.task for e in unseen} == {"paws"} and all(e.id.startswith("test/") for e in unseen)
+    assert {e.task for e in eval_examples(recipe, "test")} == {"gsm8k", "eng_spa", "boolq"}
+    assert unseen_examples(without) == () and eval_shots(without).pool == {}
+    shots = eval_shots(recipe)
+    assert shots == eval_shots(recipe) and set(shots.pool) == {"paws"}
+    assert {len(shots.of(e)) for e in unseen} == {3} and len({shots.of(e) for e in unseen}) == 1
+    assert all(s.id.startswith("train/paws") for s in shots.of(unseen[0]))
+    assert len({eval_shots(load_recipe(mixed, [MIXED, f"teacher.shot_seed={i}"])).pool["paws"] for i in range(9)}) > 1
+    assert eval_shots(load_recipe(mixed, [MIXED, "eval.shots=0"])).of(unseen[0]) == ()
+    with pytest.raises(DataError, match=r"task paws: 24 training rows, but eval\.shots asks for 25"):
+        eval_shots(load_recipe(mixed, [MIXED, "eval.shots=25"]))
+
+
+def test_unseen_tasks_are_no_part_of_the_fingerprint(mixed):
+    trained = "data.tasks={gsm8k: {train: 20}, eng_spa: {}, boolq: {train: 10, eval: 4}}"
+    base = Experiment(load_recipe(mixed, [MIXED])).fingerprint
+    assert Experiment(load_recipe(mixed, [trained, "eval.shots=0"])).fingerprint == base
+    options = "data.tasks.boolq.options={max_context_words: 100}"
+    assert Experiment(load_recipe(mixed, [MIXED, options])).fingerprint != base
+    assert Experiment(load_recipe(mixed, [MIXED, "data.tasks.boolq.train=11"])).fingerprint != base
+
+
+def test_the_scored_split_train_is_what_was_trained_on(mixed):
+    recipe = load_recipe(mixed, [MIXED, "data.held_out=5"])
+    cached = {e.id: e for e in training_set(recipe).cached}
+    scored = eval_examples(recipe, "train")
+    assert all(cached[e.id] == e for e in scored) and len({e.id for e in scored}) == len(scored)
+    counts = Counter(e.task for e in cached.values())
+    assert Counter(e.task for e in scored) == counts | {"boolq": 4}
+    assert eval_examples(recipe, "train") == scored
+    assert len(eval_examples(load_recipe(mixed, [MIXED, "data.eval_limit=7"]), "train")) == 7
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,32 @@ def test_the_published_settings_are_in_the_recipe():
     assert (lora.r, lora.alpha, recipe.students["qwen3"].dtype) == (16, 32, "bfloat16")
 
 
+def test_the_published_settings_of_universal_logit_distillation():
+    recipe = load_recipe("flan-uld")
+    teacher, cache = recipe.teacher, recipe.cache
+    assert (teacher.model, teacher.kind, teacher.quantization) == ("google/flan-t5-xl", "seq2seq", "nf4")
+    assert (teacher.dtype, teacher.shots, teacher.thinking) == ("bfloat16", 0, None)
+    assert (cache.top_k, cache.temperatures, cache.store_ids) == (256, [1.2], False)
+    assert {s.model: (s.lora.r, s.lora.alpha) for s in recipe.students.values()} == {
+        "openai-community/gpt2-medium": (16, 32),
+        "EleutherAI/pythia-410m": (16, 32),
+        "HuggingFaceTB/SmolLM-360M": (16, 32),
+    }
+    arms = {name: (arm.ce, arm.uld, arm.temperature, arm.alignment) for name, arm in recipe.arms.items()}
+    assert arms == {
+        "sft": (1.0, 0.0, 1.0, None),
+        "distill": (1.0, 0.5, 1.2, None),
+        "distill_boundary": (1.0, 0.5, 1.2, "boundary"),
+    }
+    assert recipe.train.alignment == "index"
+    scored = ["boolq", "squad", "samsum", "anli", "paws", "xsum", "common_gen", "cosmos_qa"]
+    assert recipe.trained_tasks == scored and recipe.unseen_tasks == ["mbpp", "eng_spa"]
+    assert (recipe.eval.splits, recipe.eval.shots) == (["train", "test"], 5)
+    assert [r.model for r in recipe.eval.references.values()] == [
+        f"google/flan-t5-{size}" for size in ("small", "base", "large", "xl", "xxl")
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
