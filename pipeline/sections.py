@@ -24,7 +24,7 @@ class TaskData(Section):
     train: int | None = Field(
         None, ge=0, description="training examples, sampled with data.seed; null: all; 0: an unseen task, only scored"
     )
-    eval: int | None = Field(None, ge=1, description="examples of each scored split, the first ones; null: all")
+    eval: int | None = Field(None, ge=1, description="examples of each scored split, sampled with data.seed; null: all")
     options: dict[str, Any] = Field({}, description="options of the task file (hashed)")
 
 
