@@ -61,5 +61,5 @@ def draw_page(rng: random.Random, story: Story) -> Page:
         kind = rng.random()
         template = pick(rng, DENIALS if kind < 0.35 else TIMED if kind < 0.5 and fact.time else REMARKS)
         wrong = template.replace("{wrong_place}", other.place).replace("{wrong_thing}", other.thing)
-        remarks.append("\n" + fact.fill(wrong.replace("{time}", fact.time)))
+        remarks.append("\n" + fact.fill(wrong))
     return Page(story.text, tuple(remarks))

@@ -16,8 +16,9 @@ same on every platform. No two stories of all splits and tasks have the same fac
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -33,7 +34,14 @@ THINGS = (
     "jalapeño plant",
 )  # fmt: skip
 QUALITIES = ("red", "blue", "green", "old", "tiny", "golden", "grey", "naïve")
-VERBS = (("buy", "bought"), ("find", "found"), ("lose", "lost"), ("sell", "sold"), ("paint", "painted"), ("hide", "hid"))
+VERBS = (
+    ("buy", "bought"),
+    ("find", "found"),
+    ("lose", "lost"),
+    ("sell", "sold"),
+    ("paint", "painted"),
+    ("hide", "hid"),
+)
 
 SENTENCES = (
     "{who} {past} {some} {quality} {thing} at the {place}{at}.",
@@ -44,7 +52,11 @@ SENTENCES = (
 ASIDES = ("It rained.", "The sun was out.", "“¡Qué día!”", "Nobody was in a hurry.", "It was a long day…")
 GREETINGS = ("Hi {friend}!", "Hello {friend}, how are you?", "¡Hola, {friend}!", "{friend}! Any news?")
 REPLIES = ("Nice!", "Oh, really?", "¡Qué bien!", "Good for you, {friend}!")
-TOLD = ("I {past} {some} {quality} {thing} at the {place}{at}.", "I was at the {place}{at}. I {past} {some} {quality} {thing}!")
+TOLD = (
+    "I {past} {some} {quality} {thing} at the {place}{at}.",
+    "I was at the {place}{at}. I {past} {some} {quality} {thing}!",
+)
+JOINTS = (" and ", ". ", ", while ")
 GOODBYES = ("See you soon!", "À bientôt!", "Bye!", "I must go now.")
 
 KINDS = ("qa", "yesno", "summary")
@@ -78,22 +90,18 @@ class Fact:
     place: str
     time: str
 
-    def fill(self, template: str, who: str = "", friend: str = "") -> str:
+    def fill(self, template: str) -> str:
         """The template with this fact's words in its fields."""
         return template.format(
-            who=who or f"{self.first} {self.family}", first=self.first, friend=friend, base=self.base, past=self.past,
-            quality=self.quality, some=_article(self.quality), thing=self.thing, place=self.place,
-            at=f" at {self.time}" if self.time else "",
+            who=f"{self.first} {self.family}", first=self.first, base=self.base, past=self.past,
+            some="an" if self.quality[0] in "aeiou" else "a", quality=self.quality, thing=self.thing,
+            place=self.place, time=self.time, at=f" at {self.time}" if self.time else "",
         )  # fmt: skip
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
 
 
 @dataclass(frozen=True)
 class Story:
-    """Facts that share no person, thing or place, and their telling."""
+    """Two facts that share no person, thing or place, and their telling."""
 
     facts: tuple[Fact, ...]
     text: str
@@ -107,9 +115,9 @@ class Question:
     answers: tuple[str, ...]
 
 
-def draw_facts(rng: random.Random, count: int) -> tuple[Fact, ...]:
-    """`count` facts; every other one has a time."""
-    firsts, things, places = (draw_distinct(rng, words, count) for words in (FIRST_NAMES, THINGS, PLACES))
+def draw_facts(rng: random.Random) -> tuple[Fact, ...]:
+    """Two facts; every other one has a time."""
+    firsts, things, places = (draw_distinct(rng, words, 2) for words in (FIRST_NAMES, THINGS, PLACES))
     facts = []
     for first, thing, place in zip(firsts, things, places, strict=True):
         base, past = pick(rng, VERBS)
@@ -121,8 +129,8 @@ def draw_facts(rng: random.Random, count: int) -> tuple[Fact, ...]:
 
 
 def draw_story(rng: random.Random) -> Story:
-    """Two or three facts told one after the other, often with an aside."""
-    facts = draw_facts(rng, 2 + int(rng.random() * 2))
+    """Two facts told one after the other, often with an aside."""
+    facts = draw_facts(rng)
     sentences = [fact.fill(pick(rng, SENTENCES)) for fact in facts]
     if rng.random() < 0.6:
         sentences.insert(int(rng.random() * (len(sentences) + 1)), pick(rng, ASIDES))
@@ -131,7 +139,7 @@ def draw_story(rng: random.Random) -> Story:
 
 def draw_talk(rng: random.Random) -> Story:
     """Two facts, told by two people to each other, one turn a line."""
-    facts = draw_facts(rng, 2)
+    facts = draw_facts(rng)
     one, other = facts
     lines = [
         f"{one.first}: {pick(rng, GREETINGS).format(friend=other.first)} {one.fill(pick(rng, TOLD))}",
@@ -142,31 +150,30 @@ def draw_talk(rng: random.Random) -> Story:
     return Story(facts, "\n".join(lines))
 
 
+def draw_text(kind: str, rng: random.Random) -> Story:
+    """What a question of one of KINDS is about: a talk for `summary`, else a story."""
+    return draw_talk(rng) if kind == "summary" else draw_story(rng)
+
+
 def draw_question(rng: random.Random, story: Story) -> Question:
     """Who, what, where or when, about one of the facts; one of two wordings of the answer comes first, by chance."""
     fact = pick(rng, story.facts)
     kinds = [
-        ("Who {past} the {thing}?", ("{first}", "{first} {family}")),
-        ("What did {first} {base}?", ("{some} {quality} {thing}", "{none} {thing}")),
+        ("Who {past} the {thing}?", ("{first}", "{who}")),
+        ("What did {first} {base}?", ("{some} {quality} {thing}", "a {thing}")),
         ("Where did {first} {base} the {thing}?", ("the {place}", "at the {place}")),
     ]
     if fact.time:
         kinds.append(("When did {first} {base} the {thing}?", ("{time}", "at {time}")))
     question, wordings = pick(rng, kinds)
-    answers = [
-        wording.format(
-            first=fact.first, family=fact.family, some=_article(fact.quality), none=_article(fact.thing),
-            quality=fact.quality, thing=fact.thing, place=fact.place, time=fact.time,
-        )
-        for wording in wordings
-    ]  # fmt: skip
+    answers = [fact.fill(wording) for wording in wordings]
     if rng.random() < 0.5:
         answers.reverse()
     return Question(fact.fill(question), tuple(answers))
 
 
 def draw_claim(rng: random.Random, story: Story) -> tuple[str, bool]:
-    """A yes-or-no question and whether yes is right. What is false is false by a word from another fact of the story."""
+    """A yes-or-no question, and whether yes is right; what is false is false by a word from the other fact."""
     fact, other = draw_distinct(rng, story.facts, 2)
     true = rng.random() < 0.5
     about = fact if true else other
@@ -174,14 +181,17 @@ def draw_claim(rng: random.Random, story: Story) -> tuple[str, bool]:
     return question.format(name=fact.first, base=fact.base, thing=about.thing, place=about.place), true
 
 
-def draw_summary(rng: random.Random, story: Story) -> str:
-    """What the first two did, in one sentence or two; whether quality and place are named is chance."""
-    clauses = []
-    for fact in story.facts[:2]:
-        thing = "{some} {quality} {thing}" if rng.random() < 0.5 else f"{_article(fact.thing)} {{thing}}"
-        place = " at the {place}" if rng.random() < 0.5 else ""
-        clauses.append(fact.fill(f"{{first}} {{past}} {thing}{place}"))
-    return pick(rng, (" and ", ". ", ", while ")).join(clauses) + "."
+def summaries(story: Story) -> tuple[str, ...]:
+    """All summaries that are right: one sentence or two of what both did, each with or without quality and place."""
+    clauses = [
+        [
+            fact.fill(f"{{first}} {{past}} {thing}{place}")
+            for thing in ("{some} {quality} {thing}", "a {thing}")
+            for place in ("", " at the {place}")
+        ]
+        for fact in story.facts
+    ]
+    return tuple(joint.join(pair) + "." for joint in JOINTS for pair in itertools.product(*clauses))
 
 
 @cache
@@ -193,7 +203,7 @@ def _splits() -> dict[tuple[str, str], tuple[Story, ...]]:
             rng = random.Random(f"{kind} {split}")
             stories: list[Story] = []
             while len(stories) < size:
-                story = draw_talk(rng) if kind == "summary" else draw_story(rng)
+                story = draw_text(kind, rng)
                 if story.facts not in taken:
                     taken.add(story.facts)
                     stories.append(story)
@@ -212,11 +222,11 @@ def held_out() -> frozenset[tuple[Fact, ...]]:
     return frozenset(story.facts for stories in _splits().values() for story in stories)
 
 
-def pretraining_stories(rng: random.Random, draw: Callable[[random.Random], Story]) -> Iterator[Story]:
-    """An endless stream of stories for pre-training, those of the splits left out."""
+def pretraining_stories(kind: str, rng: random.Random) -> Iterator[Story]:
+    """An endless stream of texts for questions of one of KINDS, those of the splits left out."""
     reserved = held_out()
     while True:
-        story = draw(rng)
+        story = draw_text(kind, rng)
         if story.facts not in reserved:
             yield story
 
@@ -229,7 +239,7 @@ def row_of(kind: str, story: Story, rng: random.Random) -> dict[str, Any]:
     if kind == "yesno":
         text, true = draw_claim(rng, story)
         return {"passage": story.text, "question": text, "answer": true}
-    return {"dialogue": story.text, "summary": draw_summary(rng, story)}
+    return {"dialogue": story.text, "summary": pick(rng, summaries(story))}
 
 
 def split_rows(kind: str, split: str) -> Iterator[dict[str, Any]]:

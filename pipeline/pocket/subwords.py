@@ -16,26 +16,33 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.pocket.examples import draw_example
 from pipeline.pocket.pages import draw_page
-from pipeline.pocket.stories import draw_question, draw_story, draw_summary, draw_talk
+from pipeline.pocket.stories import KINDS, draw_story, draw_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEXTS = 4000
 """Stories that the tokenizers are trained on."""
-PIECES, BYTE_TOKENS = 640, 448
+TOKENIZER_SEED = 0
+PIECES, BYTE_TOKENS = 640, 512
 EOS, UNK, PAD, END = "</s>", "<unk>", "<pad>", "<|endoftext|>"
 
 
-def texts() -> Iterator[str]:
-    """What the tokenizers are trained on: stories, talks, pages, questions and answers."""
-    rng = random.Random("tokenizers")
+def page_texts(rng: random.Random) -> Iterator[str]:
+    """What the GPT-2 has read: pages."""
     for _ in range(TEXTS):
-        story, talk = draw_story(rng), draw_talk(rng)
-        question = draw_question(rng, story)
-        yield from (story.text, talk.text, question.text, *question.answers, draw_summary(rng, talk))
-        yield draw_page(rng, story).text
+        yield draw_page(rng, draw_story(rng)).text
+
+
+def task_texts(rng: random.Random) -> Iterator[str]:
+    """What the T5 has read: the prompts and answers of the tasks, and pages."""
+    yield from page_texts(rng)
+    for _ in range(TEXTS):
+        for kind in KINDS:
+            example = draw_example(kind, draw_text(kind, rng), rng)
+            yield from (example.prompt, example.answer)
 
 
 def piece_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,7 +57,7 @@ def piece_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=PIECES, special_tokens=[PAD, EOS, UNK], show_progress=False)
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(task_texts(random.Random(TOKENIZER_SEED)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, unk_token=UNK, pad_token=PAD, clean_up_tokenization_spaces=False
@@ -71,7 +78,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(page_texts(random.Random(TOKENIZER_SEED)), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, padding_side="left", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )

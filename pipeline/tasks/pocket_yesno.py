@@ -1,0 +1,37 @@
+"""Pocket yes-or-no questions about little stories made on the spot, in the manner of BoolQ.
+
+A raw row:
+    {"passage": "At the café, Leo Lund hid a green flute. Ruth Brown sold a tiny coat at the park. ...",
+     "question": "Was Ruth at the café?", "answer": false}
+
+A false question joins words of two sentences of its story, so a reader who looks for words alone does no better than
+chance. Rows come from `pipeline.pocket.stories`, as `pocket_qa` tells.
+"""
+
+from collections.abc import Iterator
+
+from pipeline.pocket.stories import split_rows
+from pipeline.tasks import Example, NoOptions, Row, Task
+
+LABELS = ("no", "yes")
+
+
+def rows(split: str, options: NoOptions) -> Iterator[Row]:
+    """The split's questions, in order."""
+    return split_rows("yesno", split)
+
+
+def to_example(row: Row, index: int, options: NoOptions) -> Example:
+    """The story, then the question; `yes` or `no`."""
+    prompt = f"{row['passage']}\n\n{row['question']} Answer yes or no."
+    return Example(f"pocket-yesno-{index:05d}", "pocket_yesno", prompt, LABELS[row["answer"]], labels=LABELS)
+
+
+TASK = Task(
+    name="pocket_yesno",
+    version=1,
+    summary="generated stories and questions answered yes or no",
+    source=rows,
+    to_example=to_example,
+    metrics=("accuracy", "label_likelihood"),
+)
