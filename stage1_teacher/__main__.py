@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pass
     else:
         print(f"cache {experiment.cache_dir}: complete, {_summary(reader)}; the teacher is not loaded")
+        print(_by_task(experiment, reader))
         return 0
     return fill(experiment, ["stage1_teacher", *recipe_arguments(args)])
 
@@ -55,6 +56,7 @@ def fill(experiment: Any, command: Sequence[str]) -> int:
         "training_rows": experiment.training_set.rows,
         "shots_taken_out": experiment.training_set.rows - len(examples) - len(experiment.training_set.held_out),
         "held_out": len(experiment.training_set.held_out),
+        "truncated_contexts": experiment.training_set.truncated,
     }
     manifest = Manifest.create(
         identity=experiment.identity,
@@ -112,7 +114,9 @@ def fill(experiment: Any, command: Sequence[str]) -> int:
         )
         return 0
     writer.seal()
-    print(f"cache {experiment.cache_dir}: sealed, {_summary(CacheReader.open(experiment.cache_dir))}")
+    reader = CacheReader.open(experiment.cache_dir)
+    print(f"cache {experiment.cache_dir}: sealed, {_summary(reader)}")
+    print(_by_task(experiment, reader))
     return 0
 
 
@@ -123,6 +127,12 @@ def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:
     for shard in [*missing[start:], *missing[:start]]:
         if writer.claim(shard):
             yield shard
+
+
+def _by_task(experiment: Any, reader: CacheReader) -> str:
+    from stage1_teacher.ledger import task_table
+
+    return f"\n{task_table(reader, experiment.training_set.cached)}\n"
 
 
 def _summary(reader: CacheReader) -> str:

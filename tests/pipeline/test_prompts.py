@@ -1,5 +1,6 @@
 """The one prompt builder: layouts, places, offsets, switches and the token that ends an answer."""
 
+import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -46,8 +47,38 @@ def test_chat_layout_ends_every_answer_with_the_turns_end(chat):
     assert chat.tokenizer.eos_token == "<|eos|>"  # another token, which ends no turn
 
 
-def test_answer_ids_do_not_depend_on_what_stands_before(plain, chat):
-    for builder in (plain, chat):
+@pytest.fixture(scope="module")
+def seq2seq(plain):
+    return PromptBuilder(plain.tokenizer, seq2seq=True)
+
+
+def test_seq2seq_layout_is_prompts_for_the_encoder_and_the_answer_for_the_decoder(seq2seq):
+    tokenizer = seq2seq.tokenizer
+    encoded = seq2seq.encode("Why?", "Because.", SHOTS[:1])
+    parts = ["1 + 1?", "Two.\n#### 2", "<|eos|>", "Why?", "<|eos|>"]
+    assert encoded.encoder_ids == [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    assert encoded.encoder_ids == seq2seq.prompt_ids("Why?", SHOTS[:1])
+    assert tokenizer.decode(encoded.input_ids) == "<|pad|>Because.<|eos|>"
+    assert encoded.answer_start == 1 and tokenizer.decode(encoded.answer_ids) == "Because.<|eos|>"
+    assert seq2seq.encode("", "").encoder_ids == [seq2seq.end_id] and seq2seq.encode("", "").answer_offsets == [(0, 0)]
+
+
+def test_the_layout_is_part_of_the_identity_and_a_decoders_is_as_it_was(plain, seq2seq):
+    as_it_was = {"layout": "plain", "chat_template": None, "thinking": None, "end_of_sequence": "<|eos|>"}
+    assert plain.describe() == as_it_was
+    assert seq2seq.describe() == as_it_was | {"layout": "seq2seq", "decoder_start": "<|pad|>"}
+    assert plain.encode("Why?", "So.").encoder_ids == []
+
+
+def test_an_encoder_decoder_needs_a_token_to_start_with(tmp_path):
+    tokenizer = toys.tiny_tokenizer(tmp_path)
+    tokenizer.pad_token = None
+    with pytest.raises(ModelError, match="no pad_token for the decoder to start with"):
+        PromptBuilder(tokenizer, seq2seq=True)
+
+
+def test_answer_ids_do_not_depend_on_what_stands_before(plain, chat, seq2seq):
+    for builder in (plain, chat, seq2seq):
         alone = builder.encode("Why?", "Because.\n#### 7")
         behind = builder.encode("Why?", "Because.\n#### 7", SHOTS)
         assert alone.answer_ids == behind.answer_ids
@@ -57,8 +88,8 @@ def test_answer_ids_do_not_depend_on_what_stands_before(plain, chat):
 
 @settings(max_examples=60, deadline=None)
 @given(answer=st.text(st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1, max_size=40))
-def test_offsets_cover_the_answer_and_end_with_its_length(plain, chat, answer):
-    for builder in (plain, chat):
+def test_offsets_cover_the_answer_and_end_with_its_length(plain, chat, seq2seq, answer):
+    for builder in (plain, chat, seq2seq):
         encoded = builder.encode("?", answer)
         offsets = encoded.answer_offsets
         assert len(offsets) == len(encoded.answer_ids)
@@ -125,3 +156,49 @@ def test_qwen_closes_turns_with_im_end_although_eos_is_endoftext():
         PromptBuilder(tokenizer, thinking=False)
     encoded = builder.encode("What is 6 times 7?", "#### 42", SHOTS)
     assert tokenizer.decode(encoded.input_ids).endswith("<|im_start|>assistant\n#### 42<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "tokens"),
+    [
+        # T5's lone ▁ is given the first letter of its word: they share an end, and the letter is the boundary
+        ("t5", "a  ok", [("▁", 0, 1), ("a", 0, 1), ("▁", 3, 5), ("ok", 3, 5)]),
+        ("t5", "two\r\n\tlines", [("▁two", 0, 3), ("▁lines", 6, 11)]),
+        # composed letters and what a normalizer drops belong to the token before, a part of a character is no boundary
+        ("t5", "cafe\u0301 x", [("▁café", 0, 5), ("▁", 6, 7), ("x", 6, 7)]),
+        ("t5", "ﬁne ½x", [("▁fine", 0, 3), ("▁1", 4, 5), ("<unk>", 4, 5), ("2", 4, 5), ("x", 5, 6)]),
+        ("qwen", "e\u0301!", [("Ã©", 0, 2), ("!", 2, 3)]),
+        # GPT-NeoX's own offsets leave out the white space at both ends of a token
+        ("gpt-neox-20b", "a b\n \n  c", [("Ġa", 0, 1), ("Ġb", 1, 3), ("ĊĠĊ", 3, 6), ("  ", 6, 8), ("c", 8, 9)]),
+        ("gpt2", "é😀", [("ĠÃ©", 0, 1), ("ðŁĺ", 1, 2), ("Ģ", 1, 2)]),
+    ],
+)
+def test_an_offsets_end_says_how_much_of_the_answer_is_consumed(name, answer, tokens):
+    from pipeline.models import ModelSource, load_tokenizer
+
+    builder = PromptBuilder(load_tokenizer(ModelSource(str(_data(name)), None)), seq2seq=name == "t5")
+    encoded = builder.encode("?", answer)
+    texts = builder.tokenizer.convert_ids_to_tokens(encoded.answer_ids)
+    found = [(text, *span) for text, span in zip(texts, encoded.answer_offsets, strict=True)]
+    assert found[:-1] == tokens
+    assert found[-1][1:] == (len(answer), len(answer))
+
+
+def test_offsets_never_go_backwards_on_real_rows_and_every_letter_has_a_token():
+    """T5 on all texts of all tasks' first rows: the tokenizer that changes a text most."""
+    from pipeline.models import ModelSource, load_tokenizer
+
+    builder = PromptBuilder(load_tokenizer(ModelSource(str(_data("t5")), None)), seq2seq=True)
+    texts = [
+        value
+        for path in sorted(_data("t5").parent.parent.glob("*/train.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()[:150]
+        for value in json.loads(line).values()
+        if isinstance(value, str) and value.strip()
+    ]
+    assert len(texts) > 3000
+    for text in texts:
+        offsets = builder.encode("", text).answer_offsets
+        assert all(0 <= start <= end <= len(text) for start, end in offsets)
+        assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(offsets))
+        assert not "".join(text[a[1] : b[0]] for a, b in pairwise([(0, 0), *offsets])).strip(), text

@@ -110,6 +110,7 @@ def tiny_t5(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: int = 0
 
     `tie_word_embeddings=True` gives the first T5's shape, whose decoder scales what goes into its tied head.
     """
+    import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
     settings: dict[str, Any] = {
@@ -127,7 +128,15 @@ def tiny_t5(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: int = 0
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     } | config
-    return _saved(folder, seed, lambda: T5ForConditionalGeneration(T5Config(**settings)))
+
+    def build() -> Any:
+        model: Any = T5ForConditionalGeneration(T5Config(**settings))  # which ties its head whatever the config says
+        if not settings["tie_word_embeddings"]:
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(vocab_size, hidden))
+        return model
+
+    return _saved(folder, seed, build)
 
 
 def tiny_gpt2(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: int = 0, **config: Any) -> Path:
@@ -248,10 +257,11 @@ def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Pat
     from cache_schema.schema import CacheRow
     from cache_schema.writer import CacheWriter
     from pipeline.fingerprint import Experiment
-    from pipeline.models import load_causal_lm, vocabulary
+    from pipeline.models import load_causal_lm, load_seq2seq_lm, vocabulary
 
     experiment, cache = Experiment(recipe), recipe.cache
-    model = load_causal_lm(experiment.teacher_source, recipe.teacher.dtype, "none", torch.device("cpu"))
+    load = load_seq2seq_lm if recipe.teacher.kind == "seq2seq" else load_causal_lm
+    model = load(experiment.teacher_source, recipe.teacher.dtype, "none", torch.device("cpu"))
     texts = vocabulary(experiment.teacher_tokenizer, model.config.vocab_size)
     examples = experiment.training_set.cached
     manifest = Manifest.create(
@@ -271,7 +281,7 @@ def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Pat
     for example in examples:
         shots = experiment.training_set.shots.of(example)
         encoded = experiment.teacher_prompts.encode(example.prompt, example.answer, shots)
-        logits_NV = answer_logits(model, encoded.input_ids, encoded.answer_start)
+        logits_NV = answer_logits(model, encoded)
         row = CacheRow(
             example_id=example.id,
             task=example.task,
@@ -292,12 +302,19 @@ def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Pat
     return experiment.cache_dir
 
 
-def answer_logits(model: Any, input_ids: list[int], answer_start: int) -> Any:
-    """float32 numpy [N, V]: what a model says of each answer token, the body in its own dtype, the head in float32."""
+def answer_logits(model: Any, encoded: Any) -> Any:
+    """float32 numpy [N, V]: what a model says of each answer token, the body in its own dtype, the head in float32.
+
+    An encoder-decoder (`encoded.encoder_ids`) is asked as a whole, its head in its own dtype too.
+    """
     import torch
 
+    ids_1L = torch.tensor([encoded.input_ids])
     with torch.no_grad():
-        hidden_NH = model.base_model(input_ids=torch.tensor([input_ids])).last_hidden_state[0, answer_start - 1 : -1]
+        if encoded.encoder_ids:
+            encoder_ids = torch.tensor([encoded.encoder_ids])
+            return model(input_ids=encoder_ids, decoder_input_ids=ids_1L[:, :-1]).logits[0].float().numpy()
+        hidden_NH = model.base_model(input_ids=ids_1L).last_hidden_state[0, encoded.answer_start - 1 : -1]
         return (hidden_NH.float() @ model.get_output_embeddings().weight.float().T).numpy()
 
 
