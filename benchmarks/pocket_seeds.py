@@ -32,7 +32,7 @@ def run_seed(seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any
     print(f"--- seed {seed}", file=sys.stderr, flush=True)
     subprocess.run(command, check=True, stdout=sys.stderr)
     results = json.loads((run_dir / "report" / "results.json").read_text(encoding="utf-8"))
-    conditions: dict[str, Any] = results["students"][STUDENT]["splits"]["test"][TASK][METRIC]["conditions"]
+    conditions: dict[str, Any] = results["students"][STUDENT]["blocks"]["test"][TASK][METRIC]["rows"]
     return conditions
 
 
@@ -43,9 +43,9 @@ def summary(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     for name, cell in first.items():
         cells = [conditions[name] for conditions in by_seed.values()]
         if cell["checkpoint"] is None:  # a baseline: no training, the same in every run
-            out[name] = {"n": cell["n"], "mean": cell["accuracy"], "interval": cell["interval"], "seeds": []}
+            out[name] = {"n": cell["n"], "mean": cell["mean"], "interval": cell["interval"], "seeds": []}
             continue
-        out[name] = {"n": cell["n"], **_row([c["accuracy"] for c in cells], [c["standard_error"] for c in cells])}
+        out[name] = {"n": cell["n"], **_row([c["mean"] for c in cells], [c["standard_error"] for c in cells])}
         if cell["difference"] is not None:
             found = [c["difference"] for c in cells]
             widths = [(d["interval"][1] - d["interval"][0]) / (2 * 1.96) for d in found]

@@ -1,7 +1,7 @@
-"""`python -m stage3_eval --recipe R`: score the untouched student and every checkpoint, and report.
+"""`python -m stage3_eval --recipe R`: score references, untouched students and every checkpoint, and report.
 
 Answers that are there are not generated again, so a second call only scores; `--rescore` promises it, and needs
-neither the model nor the checkpoints.
+neither the models nor the checkpoints.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate what is missing, score everything, write the report, and print its table."""
-    parser = recipe_parser("stage3_eval", "Score the untouched student and every checkpoint, with error bars.")
+    parser = recipe_parser("stage3_eval", "Score references, untouched students and every checkpoint, with error bars.")
     parser.add_argument("--student", metavar="NAME", help="generate for this student alone")
     parser.add_argument(
         "--rescore", action="store_true", help="never generate: score the predictions that were kept, without a model"
@@ -26,26 +26,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.student is not None and args.student not in recipe.students:
         raise RunError(f"--student {args.student}: {unknown_name('student', args.student, recipe.students)}")
 
-    from pipeline.run_dir import RunDir
-    from stage3_eval.evaluate import StudentRun
+    from pipeline.tasks import get_task
+    from stage3_eval.blocks import Blocks
+    from stage3_eval.evaluate import ModelRun
+    from stage3_eval.metrics import check_available
     from stage3_eval.report import write_report
 
     started, arguments = time.monotonic(), recipe_arguments(args)
-    evaluated = []
-    for student in recipe.students:
-        run = StudentRun(recipe, student, arguments, rescore=args.rescore)
+    check_available((metric for task in recipe.data.tasks for metric in get_task(task).metrics), recipe.eval.metrics)
+    blocks, evaluated = Blocks(recipe), []
+    for name in [*recipe.eval.references, *recipe.students]:  # one after another: each frees its memory before the next
+        run = ModelRun(recipe, name, blocks, arguments, args.rescore)
         for note in run.notes:
             print(note, flush=True)
-        if args.student not in (None, student) and not run.complete():
-            print(f"{student}: not asked for, and some of its answers are missing; it is left out of the report")
+        if args.student not in (None, name) and not run.complete():
+            print(f"{name}: not asked for, and some of its answers are missing; it is left out of the report")
             continue
         evaluated.append(run.evaluate())
     command = ["stage3_eval", *arguments, *(["--rescore"] if args.rescore else [])]
-    table, pictures = write_report(recipe, evaluated, command)
+    table, files = write_report(recipe, blocks.scored, evaluated, command)
     print(f"\n{table}")
-    for path in pictures:
-        print(f"picture  {path}")
-    print(f"report   {RunDir.of(recipe).report}: results.json, table.md; done in {time.monotonic() - started:.0f} s")
+    for path in files:
+        print(f"{'picture' if path.suffix == '.png' else 'report '}  {path}")
+    print(f"done in {time.monotonic() - started:.0f} s")
     return 0
 
 

@@ -144,6 +144,28 @@ def over_seeds(values: Sequence[float], errors: Sequence[float]) -> SeedsEstimat
     return SeedsEstimate(mean, hypot(of_seeds, of_examples), mean - half, mean + half, tuple(values))
 
 
+def p_over_seeds(values: Sequence[float], errors: Sequence[float]) -> float:
+    """Two-sided p-value of no difference: the level at which the interval of `over_seeds` would end at zero.
+
+    That is the p at which |mean|^2 = (t_{S-1}(p) s / sqrt(S))^2 + (z(p) e)^2, with the quantiles t and z that leave
+    p / 2 above them. values, errors: as there.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import norm, t
+
+    mean, of_examples = abs(statistics.fmean(values)), statistics.fmean(errors)
+    of_seeds = statistics.stdev(values) / sqrt(len(values))
+    if mean == 0 or of_seeds == of_examples == 0:
+        return float(mean == 0)
+
+    def excess(z: float) -> float:
+        """Of the interval's half-width over the mean, at the level whose normal quantile is z."""
+        return hypot(float(t.isf(norm.sf(z), len(values) - 1)) * of_seeds, z * of_examples) - mean
+
+    farthest = 37.0  # beyond it the normal tail is no number any more
+    return 2 * float(norm.sf(brentq(excess, 0.0, farthest) if excess(farthest) > 0 else farthest))
+
+
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion (Wilson 1927), which stays inside [0, 1] and holds at 0 and n."""
     p, z2 = successes / n, Z_95**2

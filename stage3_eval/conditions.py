@@ -1,7 +1,8 @@
 """What is to be scored of one student: the untouched model, and every complete checkpoint of every arm.
 
-A condition is `zero_shot`, `few_shot` (the untouched student reading the worked examples), or `<arm>@<step>`.
-Called by `evaluate`. Reads JSON only; loads no model.
+A condition is `zero_shot`, `few_shot` (the untouched student reading the teacher's worked examples), or
+`<run>@<step>`, where a run is one training of an arm: `distill`, and `distill~1`, ... for its repeats.
+Called by `evaluate` and `answers`. Reads JSON only; loads no model.
 """
 
 import json
@@ -12,35 +13,38 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.recipe import Recipe
+from pipeline.recipe import ArmRun, Recipe
 from pipeline.run_dir import ArmDir, RunDir
+from stage3_eval.blocks import Block
 from stage3_eval.predictions import kept_conditions
 
-FEW_SHOT = "few_shot"
-_SETTINGS_OF_OTHERS = {"micro_batch_size"}  # changes no adapter but by rounding, so a trained arm does not record it
+ZERO_SHOT, FEW_SHOT = "zero_shot", "few_shot"
+# What an arm's record of its settings leaves out: it changes no adapter but by rounding, or says how many there are.
+_SETTINGS_OF_OTHERS = {"micro_batch_size", "repeats"}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One thing that answers the prompts. Baselines have neither arm, step nor adapter."""
+    """One thing that answers the prompts. Baselines and references have neither run, step nor adapter."""
 
     name: str
-    arm: str | None = None
+    run: str | None = None
     step: int | None = None
     adapter: Path | None = None
     adapter_sha256: str | None = None
 
     @property
     def few_shot(self) -> bool:
-        """Whether the worked examples stand before each prompt."""
+        """Whether the teacher's worked examples stand before each prompt."""
         return self.name == FEW_SHOT
 
 
 @dataclass(frozen=True)
-class Arm:
-    """The checkpoints of one arm, by step, and what `arm.json` says they were trained with."""
+class TrainedRun:
+    """The checkpoints of one training of an arm, by step, and what `arm.json` says they were trained with."""
 
     name: str
+    arm: str
     checkpoints: Mapping[int, Condition]
     trained_with: Mapping[str, Any]
 
@@ -48,43 +52,59 @@ class Arm:
     def last(self) -> int:
         return max(self.checkpoints)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the arm's first seed, whose checkpoints make the curve."""
+        return self.name == self.arm
+
 
 def baselines(recipe: Recipe) -> list[Condition]:
     """The untouched student's conditions, zero_shot first."""
-    return [Condition(name) for name in ("zero_shot", FEW_SHOT) if name in recipe.eval.baselines]
+    return [Condition(name) for name in (ZERO_SHOT, FEW_SHOT) if name in recipe.eval.baselines]
 
 
-def find_arms(recipe: Recipe, run_dir: RunDir, student: str, arguments: Sequence[str]) -> tuple[list[Arm], list[str]]:
-    """The arms that have a checkpoint, in the recipe's order, and a sentence for each that lacks some.
+def asked(condition: Condition, block: Block) -> bool:
+    """Whether a block is for a condition: the teacher's worked examples are none of an unseen task."""
+    return not (condition.few_shot and block.unseen)
+
+
+def find_runs(
+    recipe: Recipe, run_dir: RunDir, student: str, arguments: Sequence[str]
+) -> tuple[list[TrainedRun], list[str]]:
+    """The trainings that have a checkpoint, in the recipe's order, and a sentence for each that lacks some.
 
     arguments: the `--recipe` and `--set` of this run, for the commands named in the sentences.
-    Raises RunError where an arm was trained with other settings than the recipe's, or its files cannot be read.
+    Raises RunError where one was trained with other settings than the recipe's, or its files cannot be read.
     """
-    arms, notes = [], []
+    runs, notes = [], []
     train = shlex.join(["python", "-m", "stage2_student", *arguments])
-    for name in recipe.arms:
-        folder = run_dir.arm(student, name)
-        checkpoints = {c.step: c for c in _checkpoints(folder, name) if c.step and c.step <= recipe.train.steps}
+    for run in recipe.arm_runs:
+        folder = run_dir.arm(student, run.name)
+        checkpoints = {c.step: c for c in _checkpoints(folder, run.name) if c.step and c.step <= recipe.train.steps}
         if not checkpoints:
-            notes.append(f"{student}/{name}: no checkpoint yet; to train it: {train}")
+            notes.append(f"{student}/{run.name}: no checkpoint yet; to train it: {train}")
             continue
-        arm = Arm(name, checkpoints, _trained_with(folder, recipe, student, name))
-        if arm.last < recipe.train.steps:
+        found = TrainedRun(run.name, run.arm, checkpoints, _trained_with(folder, recipe, student, run))
+        if found.last < recipe.train.steps:
             notes.append(
-                f"{student}/{name}: trained to step {arm.last} of {recipe.train.steps} so far; to go on: {train}"
+                f"{student}/{run.name}: trained to step {found.last} of {recipe.train.steps} so far; to go on: {train}"
             )
-        arms.append(arm)
-    return arms, notes
+        runs.append(found)
+    return runs, notes
 
 
-def kept_arms(recipe: Recipe, run_dir: RunDir, student: str) -> list[Arm]:
-    """The arms whose predictions were kept, without their checkpoints: for scoring where the model is not."""
-    found: dict[str, dict[int, Condition]] = {}
+def kept_runs(recipe: Recipe, run_dir: RunDir, student: str) -> list[TrainedRun]:
+    """The trainings whose predictions were kept, without their checkpoints: for scoring where the model is not."""
+    steps: dict[str, dict[int, Condition]] = {}
     for name in kept_conditions(run_dir, student):
-        arm, at, step = name.rpartition("@")
-        if at and arm in recipe.arms and step.isdecimal() and int(step) <= recipe.train.steps:
-            found.setdefault(arm, {})[int(step)] = Condition(name, arm, int(step))
-    return [Arm(name, dict(sorted(found[name].items())), {}) for name in recipe.arms if name in found]
+        run, at, step = name.rpartition("@")
+        if at and step.isdecimal() and int(step) <= recipe.train.steps:
+            steps.setdefault(run, {})[int(step)] = Condition(name, run, int(step))
+    return [
+        TrainedRun(run.name, run.arm, dict(sorted(steps[run.name].items())), {})
+        for run in recipe.arm_runs
+        if run.name in steps
+    ]
 
 
 def check_not_stale(condition: Condition, identity: Mapping[str, Any], run_dir: RunDir, student: str) -> None:
@@ -92,9 +112,9 @@ def check_not_stale(condition: Condition, identity: Mapping[str, Any], run_dir: 
 
     A checkpoint that is gone is no matter: its predictions are what is left of it.
     """
-    if condition.arm is None or condition.step is None:
+    if condition.run is None or condition.step is None:
         return
-    state = run_dir.arm(student, condition.arm).checkpoint(condition.step) / "state.json"
+    state = run_dir.arm(student, condition.run).checkpoint(condition.step) / "state.json"
     if state.is_file() and _json(state).get("adapter_sha256") != identity.get("adapter"):
         raise RunError(
             f"--rescore: the kept predictions of {student}/{condition.name} are those of another adapter than "
@@ -102,7 +122,7 @@ def check_not_stale(condition: Condition, identity: Mapping[str, Any], run_dir: 
         )
 
 
-def _checkpoints(folder: ArmDir, arm: str) -> list[Condition]:
+def _checkpoints(folder: ArmDir, run: str) -> list[Condition]:
     """The complete checkpoints (those with a state.json), by step."""
     for path in (folder.checkpoints, *folder.checkpoints.parents):
         if path.exists() and not path.is_dir():
@@ -116,18 +136,20 @@ def _checkpoints(folder: ArmDir, arm: str) -> list[Condition]:
                 f"{path}: expected the step of its folder and an adapter_sha256, found step {step!r} and "
                 f"{sha256!r}; remove the checkpoint (rm -r {path.parent}) and train again"
             )
-        found.append(Condition(f"{arm}@{step}", arm, step, path.parent, sha256))
+        found.append(Condition(f"{run}@{step}", run, step, path.parent, sha256))
     return found
 
 
-def _trained_with(folder: ArmDir, recipe: Recipe, student: str, arm: str) -> dict[str, Any]:
+def _trained_with(folder: ArmDir, recipe: Recipe, student: str, run: ArmRun) -> dict[str, Any]:
     """The content of arm.json. Raises RunError where it differs from the recipe in what both speak of."""
     trained = _json(folder.identity)
+    settings, arm = recipe.train.model_copy(update={"seed": run.seed}), recipe.arms[run.arm]
+    losses = arm.model_dump(mode="json") | {"alignment": arm.alignment or settings.alignment}
     of_student = {key: value for key, value in trained.get("student", {}).items() if key == "dtype"}
     of_student |= trained.get("student", {}).get("lora", {})
     pairs = [
-        ("train", trained.get("train", {}), recipe.train.model_dump(mode="json", exclude=_SETTINGS_OF_OTHERS)),
-        (f"arms.{arm}", trained.get("losses", {}), recipe.arms[arm].model_dump(mode="json")),
+        ("train", trained.get("train", {}), settings.model_dump(mode="json", exclude=_SETTINGS_OF_OTHERS)),
+        (f"arms.{run.arm}", trained.get("losses", {}), losses),
         (
             f"students.{student}",
             of_student,

@@ -1,11 +1,11 @@
-"""What was generated, kept so that it is never generated twice: one file per student, condition and split.
+"""What was generated, kept so that it is never generated twice: one file per model, condition and block of examples.
 
-    <run>/predictions/<student>/<condition>/<split>-<identity[:12]>.jsonl.zst
+    <run>/predictions/<student or reference>/<condition>/<block>-<identity[:12]>.jsonl.zst
 
-The first line is the header: the identity (everything that decides the text: student weights, adapter, tokenizer and
+The first line is the header: the identity (everything that decides the text: weights, adapter, tokenizer and
 layout, engine, length limit, ...), and provenance. Then a line an example. The identity's hash is in the file's name,
 so what was generated under another one is simply not found. A line also carries a digest of its prompt text with the
-worked examples in it, so it is found by its content, whatever examples are asked for. Called by `evaluate`.
+worked examples in it, so it is found by its content, whatever examples are asked for. Called by `answers`.
 """
 
 import hashlib
@@ -32,7 +32,9 @@ class Prediction:
 
     id, task: of the example. prompt: digest of the prompt text (`prompt_digest`). prediction: what was written, up to
     end-of-sequence. tokens: how many, end-of-sequence included. finished: whether it ended by end-of-sequence;
-    otherwise it was cut at eval.max_new_tokens.
+    otherwise it was cut at eval.max_new_tokens. label_logprobs: of a classification, the log-likelihood in nats of each
+    of the example's labels as the whole answer, in their order. too_long: the prompt and an answer do not fit into the
+    model's window, so nothing was asked; it counts as wrong.
     """
 
     id: str
@@ -41,6 +43,22 @@ class Prediction:
     prediction: str
     tokens: int
     finished: bool
+    label_logprobs: tuple[float, ...] | None = None
+    too_long: bool = False
+
+    @classmethod
+    def read(cls, line: str) -> "Prediction":
+        """From a line of a file. Raises ValueError or TypeError."""
+        fields = json.loads(line)
+        if fields.get("label_logprobs") is not None:
+            fields["label_logprobs"] = tuple(float(value) for value in fields["label_logprobs"])
+        return cls(**fields)
+
+    @classmethod
+    def unanswered(cls, example: Example, digest: str) -> "Prediction":
+        """Of an example whose prompt is too long. Its labels are equally likely, which no metric takes for right."""
+        logprobs = (0.0,) * len(example.labels) if example.labels else None
+        return cls(example.id, example.task, digest, "", 0, True, logprobs, too_long=True)
 
 
 @dataclass(frozen=True)
@@ -53,9 +71,12 @@ class PredictionFile:
     provenance: Mapping[str, Any]
 
     def of(self, example: Example, digest: str) -> Prediction | None:
-        """The prediction for an example, if it was made for this very prompt."""
+        """The prediction for an example, if it was made for this very prompt and its labels were weighed."""
         found = self.predictions.get(example.id)
-        return found if found is not None and found.prompt == digest else None
+        if found is None or found.prompt != digest:
+            return None
+        weighed = len(found.label_logprobs or ())
+        return found if weighed == len(example.labels) else None
 
 
 def prompt_digest(example: Example, shots: Sequence[Example] = ()) -> str:
@@ -64,9 +85,9 @@ def prompt_digest(example: Example, shots: Sequence[Example] = ()) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def path_of(run_dir: RunDir, student: str, condition: str, split: str, identity: Mapping[str, Any]) -> Path:
+def path_of(run_dir: RunDir, model: str, condition: str, block: str, identity: Mapping[str, Any]) -> Path:
     """Where the predictions of an identity lie."""
-    return run_dir.predictions(student, condition) / f"{split}-{fingerprint_of(dict(identity))[:12]}{SUFFIX}"
+    return run_dir.predictions(model, condition) / f"{block}-{fingerprint_of(dict(identity))[:12]}{SUFFIX}"
 
 
 def load(path: Path, identity: Mapping[str, Any] | None = None) -> PredictionFile:
@@ -92,7 +113,7 @@ def load(path: Path, identity: Mapping[str, Any] | None = None) -> PredictionFil
             raise ValueError(f"expected the header of '{FORMAT}' with this identity, found {lines[0][:200]}")
         predictions = {}
         for number, line in enumerate(lines[1:], 2):  # noqa: B007 (told in the error)
-            prediction = Prediction(**json.loads(line))
+            prediction = Prediction.read(line)
             predictions[prediction.id] = prediction
         if len(predictions) != header["predictions"]:
             raise ValueError(f"expected {header['predictions']} predictions, found {len(predictions)}")
@@ -101,15 +122,15 @@ def load(path: Path, identity: Mapping[str, Any] | None = None) -> PredictionFil
     return PredictionFile(path, found, predictions, header["provenance"])
 
 
-def newest(run_dir: RunDir, student: str, condition: str, split: str) -> PredictionFile | None:
+def newest(run_dir: RunDir, model: str, condition: str, block: str) -> PredictionFile | None:
     """The predictions written last, whatever model made them: for scoring where the model is not."""
-    found = sorted(run_dir.predictions(student, condition).glob(f"{split}-*{SUFFIX}"), key=lambda p: p.stat().st_mtime)
+    found = sorted(run_dir.predictions(model, condition).glob(f"{block}-*{SUFFIX}"), key=lambda p: p.stat().st_mtime)
     return load(found[-1]) if found else None
 
 
-def kept_conditions(run_dir: RunDir, student: str) -> list[str]:
+def kept_conditions(run_dir: RunDir, model: str) -> list[str]:
     """The conditions that have a folder of predictions."""
-    root = run_dir.predictions(student, "zero_shot").parent
+    root = run_dir.predictions(model, "zero_shot").parent
     return sorted(path.name for path in root.glob("*") if path.is_dir())
 
 

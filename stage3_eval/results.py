@@ -1,27 +1,38 @@
-"""From scored conditions to `results.json`: every number with its n, its error and its test. Pure; called by `report`.
+"""From predictions to `results.json`: every number with its n, its error and its test. Called by `report`.
 
-    students: <student>: {headline: {<arm>: {step, chosen}}, splits: <split>: <task>: <metric>:
-        conditions:   zero_shot, few_shot and each arm by its name (its headline checkpoint), on all examples
-        curve:        <arm>: its checkpoints by step, on the first curve_limit examples
+    blocks:     <block>: <task>: {examples, contexts_cut}
+    metrics:    <metric>: how it was computed
+    references: <name>: {model, ..., blocks: <block>: <task>: <metric>: a row}
+    students:   <name>: {headline: {<run>: {step, chosen}}, blocks: <block>: <task>: <metric>:
+        rows:         zero_shot, few_shot and each arm by its name, its headline checkpoints over its seeds
+        curve:        <arm>: the checkpoints of its first seed by step, on the first eval.curve_limit examples
         best_on_test: <arm>: the best of that curve, chosen on the very examples it is shown for: no estimate
     }
 
-`accuracy` is the mean of the metric over n examples: the share right, where a metric is right or wrong. An unparsable
-answer counts as wrong; a difference is always to the arm named in `to`, on the same examples, pair by pair.
+`mean` is the metric's mean over n examples (the share right, where it is right or wrong; the corpus score of BLEU and
+chrF). An unparsable answer counts as wrong, and so does a prompt that was too long to be asked; both are counted.
+With several seeds a row is their mean, its error holds the seeds' and the examples' share, its counts are means too,
+and `runs` has each. A difference is always to the arm named in `to`, on the same examples, pair by pair and seed by
+seed; references are never paired. `p_holm` is adjusted over the columns (metrics of tasks) of the same student, row
+and block; in a curve over its checkpoints.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipeline.progress import progress
 from pipeline.recipe import Recipe
-from pipeline.tasks import Example
-from stage3_eval.compare import difference, estimate, holm
-from stage3_eval.conditions import Arm, baselines
-from stage3_eval.evaluate import Evaluated, by_task
-from stage3_eval.score import Scores, score
+from pipeline.tasks import Example, get_task
+from stage3_eval.blocks import Block
+from stage3_eval.compare import Difference, difference, estimate, holm, is_binary, over_seeds, p_over_seeds
+from stage3_eval.conditions import ZERO_SHOT, asked, baselines
+from stage3_eval.evaluate import Evaluated
+from stage3_eval.metrics import describe
+from stage3_eval.score import Scores
+from stage3_eval.scorebook import ScoreBook
 
-FORMAT = "logitbank results 1"
+FORMAT = "logitbank results 2"
+Runs = Mapping[str, Scores]  # seed of a row ("" the first, "~1", ...) -> its scores; of a baseline "" alone
 
 
 def reference_arm(recipe: Recipe) -> str | None:
@@ -31,126 +42,230 @@ def reference_arm(recipe: Recipe) -> str | None:
     return next((name for name, arm in recipe.arms.items() if not arm.needs_teacher), None)
 
 
-def results(recipe: Recipe, students: Sequence[Evaluated], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything a report shows, as plain JSON. Raises RunError where a prediction is missing."""
+def results(
+    recipe: Recipe, blocks: Sequence[Block], models: Sequence[Evaluated], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything a report shows, as plain JSON. models: students and references. Raises RunError where a prediction is
+    missing.
+    """
+    book = ScoreBook(recipe.eval.metrics)
+    metrics = {metric: None for block in blocks for task in block.tasks for metric in get_task(task).metrics}
+    made: dict[str, dict[str, Any]] = {model.name: {} for model in models}
+    total = len(models) * sum(len(block.tasks) for block in blocks)
+    with progress("scores and their errors", total, "tables") as bar:
+        for model in models:
+            for block in blocks:
+                tables = made[model.name][block.name] = {}
+                for task in block.tasks:
+                    table = _student_table if model.name in recipe.students else _reference_table
+                    tables[task] = table(recipe, book, model, block, task)
+                    bar.advance(note=f"{model.name}, {task}, {block.name}")
+    students = [model for model in models if model.name in recipe.students]
+    for model in students:
+        for tables in made[model.name].values():
+            _adjust_over_columns(tables)
     return {
         "format": FORMAT,
         "recipe": recipe.name,
         "reference": reference_arm(recipe),
         "select": recipe.eval.select,
         "curve_limit": recipe.eval.curve_limit,
-        "students": {evaluated.student: _student(recipe, evaluated) for evaluated in students},
+        "shots": recipe.eval.shots,
+        "metrics": describe(recipe.eval.metrics, metrics),
+        "blocks": {
+            block.name: {
+                task: {"examples": len(examples), "contexts_cut": sum(e.truncated for e in examples)}
+                for task, examples in block.tasks.items()
+            }
+            for block in blocks
+        },
+        "references": {
+            model.name: {
+                **recipe.eval.references[model.name].model_dump(mode="json"),
+                "blocks": made[model.name],
+            }
+            for model in models
+            if model.name in recipe.eval.references
+        },
+        "students": {model.name: {**_choice(recipe, model), "blocks": made[model.name]} for model in students},
         "provenance": dict(provenance),
     }
 
 
-def _student(recipe: Recipe, evaluated: Evaluated) -> dict[str, Any]:
+def _choice(recipe: Recipe, model: Evaluated) -> dict[str, Any]:
+    """Which checkpoints the headline rows are of, and what they were chosen on."""
     chosen = "the best on the held-out training rows" if recipe.eval.select == "held_out" else "the last one there is"
     return {
-        "headline": {arm: {"step": step, "chosen": chosen} for arm, step in evaluated.headline.items()},
-        "held_out_accuracy": {
-            arm: {str(step): value for step, value in sorted(steps.items())}
-            for arm, steps in evaluated.held_out.items()
-        },
-        "splits": {
-            split: {
-                task: _task(recipe, evaluated, split, examples, by_task(evaluated.curve[split]).get(task, []))
-                for task, examples in by_task(evaluated.examples[split]).items()
-            }
-            for split in recipe.eval.splits
+        "headline": {run: {"step": step, "chosen": chosen} for run, step in model.headline.items()},
+        "held_out": {
+            run: {str(step): value for step, value in sorted(steps.items())} for run, steps in model.held_out.items()
         },
     }
 
 
-def _task(
-    recipe: Recipe, evaluated: Evaluated, split: str, examples: Sequence[Example], curve: Sequence[Example]
-) -> dict[str, Any]:
-    """One split of one task: metric -> conditions, curve, best on the split."""
+def _reference_table(recipe: Recipe, book: ScoreBook, model: Evaluated, block: Block, task: str) -> dict[str, Any]:
+    scores = book.of(model, ZERO_SHOT, block.name, block.tasks[task])
+    return {metric: _row({"": scores}, metric) for metric in scores.measured}
+
+
+def _student_table(recipe: Recipe, book: ScoreBook, model: Evaluated, block: Block, task: str) -> dict[str, Any]:
+    """One task of a block: metric -> rows, curve, best on the block."""
 
     def scored(condition: str, on: Sequence[Example]) -> Scores:
-        return score(on, evaluated.answers[condition, split], f"{evaluated.student}/{condition} on {split}")
+        return book.of(model, condition, block.name, on)
 
-    names = {c.name: c.name for c in baselines(recipe) if (c.name, split) in evaluated.answers}
-    names |= {arm.name: f"{arm.name}@{evaluated.headline[arm.name]}" for arm in evaluated.arms}
-    headline = {name: scored(condition, examples) for name, condition in names.items()}
-    short = {name: scored(condition, curve) for name, condition in names.items() if name not in recipe.arms}
-    curves = {
-        arm.name: {step: scored(arm.checkpoints[step].name, curve) for step in sorted(arm.checkpoints)}
-        for arm in evaluated.arms
-    }
+    examples, curve = block.tasks[task], block.curve_tasks.get(task, ())
+    untouched = [c.name for c in baselines(recipe) if asked(c, block) and (c.name, block.name) in model.files]
+    rows: dict[str, dict[str, Scores]] = {name: {"": scored(name, examples)} for name in untouched}
+    steps: dict[str, dict[str, int]] = {}
+    curves: dict[str, dict[int, Scores]] = {}
+    for run in model.runs:
+        step, seed = model.headline[run.name], run.name.removeprefix(run.arm)
+        steps.setdefault(run.arm, {})[seed] = step
+        rows.setdefault(run.arm, {})[seed] = scored(run.checkpoints[step].name, examples)
+        if run.is_first and curve:
+            curves[run.arm] = {s: scored(run.checkpoints[s].name, curve) for s in sorted(run.checkpoints)}
+    short = {name: scored(name, curve) for name in untouched} if curve else {}
+
     to = reference_arm(recipe)
     made = {}
-    for metric in next(iter(headline.values())).values if headline else ():
-        conditions = {
-            name: {
-                "checkpoint": evaluated.headline.get(name),
-                **_cell(scores, metric),
-                "difference": _difference(scores, headline.get(to or ""), metric, to) if name != to else None,
-            }
-            for name, scores in headline.items()
-        }
-        curve_rows = {arm: _curve(steps, curves.get(to or "", {}), metric, to, arm) for arm, steps in curves.items()}
+    for metric in get_task(task).metrics if rows else ():
+        curve_rows = {arm: _curve(of, curves.get(to or "", {}), metric, to, arm) for arm, of in curves.items()}
         made[metric] = {
-            "conditions": conditions,
+            "right_or_wrong": all(
+                is_binary(s.measured[metric].values) for runs in rows.values() for s in runs.values()
+            ),
+            "rows": {
+                name: {
+                    **_row(runs, metric, steps.get(name)),
+                    "difference": None
+                    if name == to
+                    else _difference(_by_seed(runs, rows.get(to or "", {}), name in untouched), metric, to),
+                }
+                for name, runs in rows.items()
+            },
             "curve": curve_rows,
             "curve_baselines": {name: _cell(scores, metric) for name, scores in short.items()},
-            f"best_on_{split}": {arm: _best(rows, evaluated.headline[arm], split) for arm, rows in curve_rows.items()},
+            f"best_on_{block.name}": {
+                arm: _best(of, block.name, model.headline[arm]) for arm, of in curve_rows.items()
+            },
         }
     return made
 
 
-def _cell(scores: Scores, metric: str) -> dict[str, Any]:
-    found = estimate(scores.values[metric])
+def _row(runs: Runs, metric: str, steps: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """A row of a table: of one run, or over the seeds. steps: seed -> the checkpoint that stands for it."""
+    cells = {seed: _cell(scores, metric) for seed, scores in runs.items()}
+    if steps is not None:
+        cells = {seed: {"checkpoint": steps[seed], **cell} for seed, cell in cells.items()}
+    first = next(iter(cells.values()))
+    if len(cells) == 1:
+        return {"checkpoint": None, "seeds": 1 if steps else 0, **first}
+    over = over_seeds([c["mean"] for c in cells.values()], [c["standard_error"] for c in cells.values()])
+    counted = ("unparsable", "unfinished", "too_long", "tokens_per_answer")
     return {
-        "n": found.n,
-        "accuracy": found.mean,
-        "standard_error": found.standard_error,
-        "interval": [found.low, found.high],
-        "unparsable": scores.unparsable[metric],
-        "unfinished": scores.unfinished,
-        "tokens_per_answer": scores.tokens / scores.n,
+        "checkpoint": first["checkpoint"] if len({c["checkpoint"] for c in cells.values()}) == 1 else None,
+        "seeds": len(cells),
+        "n": first["n"],
+        "mean": over.mean,
+        "standard_error": over.standard_error,
+        "interval": [over.low, over.high],
+        **{key: sum(c[key] for c in cells.values()) / len(cells) for key in counted},
+        "runs": list(cells.values()),
     }
 
 
-def _difference(scores: Scores, other: Scores | None, metric: str, to: str | None) -> dict[str, Any] | None:
-    """This minus the other on the same examples; None where there is nothing to compare with."""
-    if other is None:
+def _cell(scores: Scores, metric: str) -> dict[str, Any]:
+    """One run on its examples."""
+    measured = scores.measured[metric]
+    found = estimate(measured)
+    return {
+        "n": found.n,
+        "mean": found.mean,
+        "standard_error": found.standard_error,
+        "interval": [found.low, found.high],
+        "unparsable": measured.unparsable,
+        "unfinished": scores.unfinished,
+        "too_long": scores.too_long,
+        "tokens_per_answer": scores.tokens / scores.n,
+        **({"note": measured.note} if measured.note else {}),
+    }
+
+
+def _by_seed(runs: Runs, others: Runs, untouched: bool) -> list[tuple[Scores, Scores]]:
+    """A row's scores beside those of another row's same seed; a baseline, which has no seeds, beside each of them."""
+    return [(runs["" if untouched else seed], other) for seed, other in others.items() if untouched or seed in runs]
+
+
+def _difference(pairs: Sequence[tuple[Scores, Scores]], metric: str, to: str | None) -> dict[str, Any] | None:
+    """One row minus another, pair by pair and seed by seed; None where there is nothing to compare with."""
+    assert all(scores.ids == other.ids for scores, other in pairs)
+    found = [difference(scores.measured[metric], other.measured[metric]) for scores, other in pairs]
+    if not found:
         return None
-    assert scores.ids == other.ids
-    found = asdict(difference(scores.values[metric], other.values[metric]))
-    low, high = found.pop("low"), found.pop("high")
-    return {"to": to, **found, "interval": [low, high]}
+    if len(found) == 1:
+        return {"to": to, "seeds": 1, **_compared(found[0])}
+    means, errors = [d.mean for d in found], [d.standard_error for d in found]
+    over = over_seeds(means, errors)
+    return {
+        "to": to,
+        "seeds": len(found),
+        "n": found[0].n,
+        "mean": over.mean,
+        "standard_error": over.standard_error,
+        "interval": [over.low, over.high],
+        "p": p_over_seeds(means, errors),
+        "test": "the interval over seeds and examples, inverted",
+        "runs": [_compared(d) for d in found],
+    }
+
+
+def _compared(found: Difference) -> dict[str, Any]:
+    return {
+        "n": found.n,
+        "mean": found.mean,
+        "standard_error": found.standard_error,
+        "interval": [found.low, found.high],
+        "p": found.p,
+        "better": found.better,
+        "worse": found.worse,
+        "test": found.test,
+    }
 
 
 def _curve(
     steps: Mapping[int, Scores], others: Mapping[int, Scores], metric: str, to: str | None, arm: str
 ) -> list[dict[str, Any]]:
     """An arm's checkpoints, each against the reference's at the same step, p-values adjusted over the checkpoints."""
-    rows = [
-        {
-            "step": step,
-            **_cell(scores, metric),
-            "difference": _difference(scores, others.get(step), metric, to) if arm != to else None,
-        }
-        for step, scores in steps.items()
-    ]
-    compared = [row["difference"] for row in rows if row["difference"] is not None]
-    for found, p in zip(compared, holm([found["p"] for found in compared]), strict=True):
-        found["p_holm"] = p
+    rows = []
+    for step, scores in steps.items():
+        pairs = [(scores, others[step])] if step in others and arm != to else []
+        rows.append({"step": step, **_cell(scores, metric), "difference": _difference(pairs, metric, to)})
+    _adjust(row["difference"] for row in rows)
     return rows
 
 
-def _best(rows: Sequence[Mapping[str, Any]], headline: int, split: str) -> dict[str, Any]:
-    best = max(rows, key=lambda row: row["accuracy"])
+def _adjust_over_columns(tables: Mapping[str, Any]) -> None:
+    """Holm's adjustment of a block's differences, for each row over the columns: the metrics of all tasks."""
+    names = {name: None for metrics in tables.values() for cells in metrics.values() for name in cells["rows"]}
+    for name in names:
+        _adjust(
+            cells["rows"].get(name, {}).get("difference") for metrics in tables.values() for cells in metrics.values()
+        )
+
+
+def _adjust(differences: Iterable[dict[str, Any] | None]) -> None:
+    compared = [found for found in differences if found is not None]
+    for found, p in zip(compared, holm([found["p"] for found in compared]), strict=True):
+        found["p_holm"] = p
+
+
+def _best(rows: Sequence[Mapping[str, Any]], block: str, headline: int) -> dict[str, Any]:
+    best = max(rows, key=lambda row: row["mean"])
     return {
         "step": best["step"],
         "n": best["n"],
-        "accuracy": best["accuracy"],
+        "mean": best["mean"],
         "is_headline": best["step"] == headline,
-        "note": f"chosen on the {split} examples themselves, as publications do; biased upwards, not a result",
+        "note": f"chosen on the {block} examples themselves, as publications do; biased upwards, not a result",
     }
-
-
-def arm_provenance(arms: Sequence[Arm]) -> dict[str, Any]:
-    """What each arm says it was trained with."""
-    return {arm.name: dict(arm.trained_with) for arm in arms}

@@ -6,7 +6,7 @@ answer.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import RunError
 from pipeline.sections import Metrics
@@ -21,13 +21,15 @@ class Scores:
     """One condition on some examples of one task.
 
     ids: the examples. measured: metric -> its values for them, in the order of the task's metrics. unfinished: how many
-    answers were cut at eval.max_new_tokens. tokens: written in all.
+    answers were cut at eval.max_new_tokens. tokens: written in all. too_long: how many were not asked, since their
+    prompt leaves no room for an answer; they count as wrong, whatever a metric makes of an empty text.
     """
 
     ids: tuple[str, ...]
     measured: Mapping[str, Measured]
     unfinished: int
     tokens: int
+    too_long: int = 0
 
     @property
     def n(self) -> int:
@@ -57,11 +59,16 @@ def score(
             "run python -m stage3_eval without --rescore to generate them"
         )
     chosen = [predictions[example.id] for example in examples]
+    measured = _measured(get_task(examples[0].task), examples, chosen, settings or Metrics())
+    too_long = sum(prediction.too_long for prediction in chosen)
+    if too_long:
+        measured = {metric: _wrong_where_too_long(found, chosen) for metric, found in measured.items()}
     return Scores(
         ids=tuple(example.id for example in examples),
-        measured=_measured(get_task(examples[0].task), examples, chosen, settings or Metrics()),
+        measured=measured,
         unfinished=sum(not prediction.finished for prediction in chosen),
         tokens=sum(prediction.tokens for prediction in chosen),
+        too_long=too_long,
     )
 
 
@@ -79,6 +86,12 @@ def _measured(
             values = [row[name] for row in rows]
             measured[name] = Measured(tuple(float(v or 0.0) for v in values), sum(v is None for v in values))
     return measured
+
+
+def _wrong_where_too_long(found: Measured, answers: Sequence[Prediction]) -> Measured:
+    """Zero for what was not asked. A corpus score keeps the empty answers, which only lower it."""
+    pairs = zip(found.values, answers, strict=True)
+    return replace(found, values=tuple(0.0 if answer.too_long else value for value, answer in pairs))
 
 
 def mean(values: Sequence[float]) -> float:

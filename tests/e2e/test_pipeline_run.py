@@ -72,9 +72,9 @@ def test_a_run_ends_with_the_table_and_the_pictures(finished):
     pictures = sorted(p.name for p in report.glob("*.png"))
     assert len(pictures) == 3 and all(str(report / name) in out for name in pictures)
     results = json.loads((report / "results.json").read_text(encoding="utf-8"))
-    conditions = results["students"]["toy"]["splits"]["test"]["gsm8k"]["strict"]["conditions"]
-    assert list(conditions) == ["zero_shot", "few_shot", "sft", "distill"]
-    assert {c["n"] for c in conditions.values()} == {8}
+    rows = results["students"]["toy"]["blocks"]["test"]["gsm8k"]["strict"]["rows"]
+    assert list(rows) == ["zero_shot", "few_shot", "sft", "distill"]
+    assert {row["n"] for row in rows.values()} == {8}
     assert (report / "table.md").read_text(encoding="utf-8").count("| distill ") >= 2
 
 

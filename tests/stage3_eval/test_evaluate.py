@@ -9,9 +9,12 @@ from toy_adapters import write_checkpoint
 
 from pipeline.errors import RunError
 from pipeline.run_dir import RunDir
+from pipeline.tasks import Example
 from stage3_eval import evaluate
-from stage3_eval.evaluate import HELD_OUT, StudentRun
-from stage3_eval.generate import HFEngine
+from stage3_eval.blocks import Blocks, first_of_each
+from stage3_eval.evaluate import ModelRun
+from stage3_eval.generate_hf import HFEngine
+from stage3_eval.subject import Subject
 
 
 class Counting(HFEngine):
@@ -28,15 +31,16 @@ class Counting(HFEngine):
 def asked(monkeypatch) -> list:
     """Prompts answered, as (adapter, count), in order."""
     counted: list = []
-    load = evaluate.load_engine
+    load = Subject.load
 
-    def counting(recipe, student, source, longest):
-        engine = load(recipe, student, source, longest)
-        engine.__class__ = Counting
-        engine.asked = counted
+    def counting(self, longest, adapters):
+        engine = load(self, longest, adapters)
+        if isinstance(engine, HFEngine):
+            engine.__class__ = Counting
+            engine.asked = counted
         return engine
 
-    monkeypatch.setattr(evaluate, "load_engine", counting)
+    monkeypatch.setattr(Subject, "load", counting)
     return counted
 
 
@@ -47,50 +51,59 @@ def totals(asked) -> dict:
     return found
 
 
+def student_run(recipe, rescore=False):
+    return ModelRun(recipe, "toy", Blocks(recipe), ["--recipe", "tiny"], rescore)
+
+
 def evaluated(run, *overrides, rescore=False):
-    return StudentRun(run.recipe(*overrides), "toy", ["--recipe", "tiny"], rescore).evaluate()
+    return student_run(run.recipe(*overrides), rescore).evaluate()
+
+
+def answers(found) -> dict:
+    """(condition, block) -> id -> prediction."""
+    return {key: file.predictions for key, file in found.files.items()}
 
 
 def test_every_condition_answers_every_example_once(run, asked):
     found = evaluated(run)
     assert totals(asked) == {None: 16, "sft@2": 8, "sft@4": 8, "distill@2": 8, "distill@4": 8}
     assert found.headline == {"sft": 4, "distill": 4}
-    assert {key for key, answers in found.answers.items() if len(answers) == 8} == {
+    assert {key for key, of in answers(found).items() if len(of) == 8} == {
         (name, "test") for name in ("zero_shot", "few_shot", "sft@2", "sft@4", "distill@2", "distill@4")
     }
-    texts = {name: [p.prediction for p in answers.values()] for (name, _), answers in found.answers.items()}
+    texts = {name: [p.prediction for p in of.values()] for (name, _), of in answers(found).items()}
     assert len({tuple(text) for text in texts.values()}) == 6  # six conditions, six different sets of answers
 
 
 def test_what_is_there_is_not_generated_again_and_no_model_is_loaded(run, monkeypatch, capsys):
     first = evaluated(run)
-    monkeypatch.setattr(evaluate, "load_engine", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(Subject, "load", lambda *_: pytest.fail("a model was loaded"))
     again = evaluated(run)
-    assert again.answers == first.answers
+    assert answers(again) == answers(first)
     assert "all 48 answers are there; no model is loaded" in capsys.readouterr().out
 
 
 def test_the_curve_is_scored_on_the_first_examples_and_extended_later(run, asked):
     short = evaluated(run, "eval.curve_limit=3")
     assert totals(asked) == {None: 16, "sft@4": 8, "distill@4": 8, "sft@2": 3, "distill@2": 3}
-    assert [e.id for e in short.curve["test"]] == [e.id for e in short.examples["test"][:3]]
-    before = dict(short.answers["sft@2", "test"])
+    assert sorted(short.answers("sft@2", "test")) == [f"test/gsm8k-{i:05d}" for i in range(3)]
+    before = dict(short.answers("sft@2", "test"))
     asked.clear()
     whole = evaluated(run, "eval.curve_limit=8")
     assert totals(asked) == {"sft@2": 5, "distill@2": 5}
-    assert before.items() <= whole.answers["sft@2", "test"].items()
+    assert before.items() <= whole.answers("sft@2", "test").items()
     asked.clear()
     evaluated(run, "eval.curve_limit=5")
     assert asked == []
 
 
 def test_another_adapter_makes_its_predictions_stale(run, asked):
-    old = evaluated(run).answers["sft@2", "test"]
+    old = evaluated(run).answers("sft@2", "test")
     asked.clear()
     checkpoint = RunDir.of(run.recipe()).arm("toy", "sft").checkpoint(2)
     shutil.rmtree(checkpoint)
     write_checkpoint(RunDir.of(run.recipe()), "sft", 2, run.model, seed=99)
-    new = evaluated(run).answers["sft@2", "test"]
+    new = evaluated(run).answers("sft@2", "test")
     assert totals(asked) == {"sft@2": 8}
     assert old != new
 
@@ -147,14 +160,14 @@ def test_a_checkpoint_is_chosen_on_held_out_rows_and_never_on_test(run, asked, m
     """The scores are decided here: on held-out rows step 2 wins, on test step 4 would."""
     seen = []
 
-    def decided(examples, answers, where):
-        seen.extend(example.id for example in examples)
+    def decided(recipe, block, answers, where):
+        seen.extend(example.id for example in block.examples)
         return {"sft@2": 0.5, "sft@4": 0.5, "distill@2": 0.1, "distill@4": 0.9}[where]
 
-    monkeypatch.setattr(evaluate, "_headline_mean", decided)
+    monkeypatch.setattr(evaluate, "first_metric_mean", decided)
     found = evaluated(run, "eval.select=held_out", "data.held_out=6", "eval.curve_limit=3")
     assert found.headline == {"sft": 2, "distill": 4}  # of equals the earliest
-    held_out = {e.id for e in StudentRun(run.recipe("data.held_out=6"), "toy", []).examples(HELD_OUT)}
+    held_out = {e.id for e in Blocks(run.recipe("data.held_out=6")).held_out.examples}
     assert set(seen) == held_out
     assert len(held_out) == 6
     assert all(i.startswith("train/") for i in held_out)
@@ -166,19 +179,15 @@ def test_held_out_accuracy_is_the_first_metric_of_the_held_out_answers(run):
     found = evaluated(run, "eval.select=held_out", "data.held_out=6")
     assert set(found.held_out["sft"]) == {2, 4}
     assert all(0.0 <= value <= 1.0 for steps in found.held_out.values() for value in steps.values())
-    assert len(found.answers["sft@2", HELD_OUT]) == 6
+    assert len(found.answers("sft@2", "held_out")) == 6
 
 
-def test_the_curve_keeps_each_tasks_share(run):
-    from pipeline.tasks import Example
-
-    student = StudentRun(run.recipe("eval.curve_limit=6"), "toy", [])
-    student._splits["test"] = tuple(
-        Example(f"test/{task}{i}", task, "?", "!") for task, n in (("a", 8), ("b", 4)) for i in range(n)
-    )
-    assert [e.id for e in student.curve_examples("test")] == [
+def test_the_curve_keeps_each_tasks_share():
+    examples = tuple(Example(f"test/{task}{i}", task, "?", "!") for task, n in (("a", 8), ("b", 4)) for i in range(n))
+    assert [e.id for e in first_of_each(examples, 6)] == [
         "test/a0", "test/a1", "test/a2", "test/a3", "test/b0", "test/b1",
     ]  # fmt: skip
+    assert first_of_each(examples, None) == first_of_each(examples, 12) == examples
 
 
 def test_rescoring_needs_neither_model_nor_checkpoints(run, tmp_path, asked):
@@ -188,7 +197,7 @@ def test_rescoring_needs_neither_model_nor_checkpoints(run, tmp_path, asked):
     missing = f"students.toy.model={tmp_path / 'gone'}"
     found = evaluated(run, missing, rescore=True)
     assert asked == []
-    assert found.answers == first.answers
+    assert answers(found) == answers(first)
     assert found.headline == {"sft": 4, "distill": 4}
 
 
@@ -220,8 +229,8 @@ def validation_rows(run):
 def test_arms_without_checkpoints_are_said_with_the_command(run):
     shutil.rmtree(run.folder / "students" / "toy" / "distill")
     shutil.rmtree(RunDir.of(run.recipe()).arm("toy", "sft").checkpoint(4))
-    student = StudentRun(run.recipe(), "toy", ["--recipe", "tiny"])
-    assert [arm.name for arm in student.arms] == ["sft"]
+    student = student_run(run.recipe())
+    assert [arm.name for arm in student.runs] == ["sft"]
     assert student.notes == [
         "toy/sft: trained to step 2 of 4 so far; to go on: python -m stage2_student --recipe tiny",
         "toy/distill: no checkpoint yet; to train it: python -m stage2_student --recipe tiny",
@@ -231,8 +240,8 @@ def test_arms_without_checkpoints_are_said_with_the_command(run):
 def test_a_checkpoint_still_being_written_is_not_seen(run):
     arm = RunDir.of(run.recipe()).arm("toy", "sft")
     (arm.checkpoint(4) / "state.json").unlink()
-    student = StudentRun(run.recipe(), "toy", [])
-    assert list(student.arms[0].checkpoints) == [2]
+    student = student_run(run.recipe())
+    assert list(student.runs[0].checkpoints) == [2]
 
 
 def test_an_arm_trained_with_other_settings_is_refused(run):
@@ -248,13 +257,13 @@ def test_an_arm_trained_with_other_settings_is_refused(run):
             }
         )
     )
-    assert StudentRun(recipe, "toy", []).arms[0].trained_with["cache"] == "f" * 64
+    assert student_run(recipe).runs[0].trained_with["cache"] == "f" * 64
     with pytest.raises(RunError, match=r"train.lr: trained with 0.001, the recipe says 0.5"):
-        StudentRun(run.recipe("train.lr=0.5"), "toy", [])
+        student_run(run.recipe("train.lr=0.5"))
     with pytest.raises(RunError, match=r"arms.sft.ce: trained with 1.0, the recipe says 2.0"):
-        StudentRun(run.recipe("arms.sft.ce=2.0"), "toy", [])
+        student_run(run.recipe("arms.sft.ce=2.0"))
     with pytest.raises(RunError, match=r"students.toy.alpha: trained with 8, the recipe says 9"):
-        StudentRun(run.recipe("students.toy.lora.alpha=9"), "toy", [])
+        student_run(run.recipe("students.toy.lora.alpha=9"))
 
 
 def test_an_arm_trained_on_other_weights_is_refused(run, tmp_path):
@@ -281,7 +290,7 @@ def test_a_damaged_adapter_is_not_scored(run):
 def test_a_damaged_state_is_named(run, content):
     (RunDir.of(run.recipe()).arm("toy", "sft").checkpoint(4) / "state.json").write_text(content)
     with pytest.raises(RunError, match=r"state\.json"):
-        StudentRun(run.recipe(), "toy", [])
+        student_run(run.recipe())
 
 
 def test_prompts_longer_than_the_window_are_refused(run):
@@ -294,4 +303,4 @@ def test_a_file_in_place_of_a_folder_is_said(run, place):
     shutil.rmtree(run.folder / place)
     (run.folder / place).write_text("")
     with pytest.raises(RunError, match="found a file, expected a folder"):
-        StudentRun(run.recipe(), "toy", [])
+        student_run(run.recipe())

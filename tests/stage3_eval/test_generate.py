@@ -7,7 +7,7 @@ import toys
 from toy_adapters import write_adapter
 
 from pipeline.errors import RunError
-from stage3_eval.generate import HFEngine, check_window
+from stage3_eval.generate_hf import HFEngine
 
 NEW = 12
 NEVER = 1  # <|pad|>: a token the oracle may write too, but which ends nothing there
@@ -153,7 +153,7 @@ class Cramped(HFEngine):
 def test_out_of_memory_halves_the_batch_and_goes_on(model, prompts, capsys):
     engine = Cramped(model, 7)
     assert engine.generate(prompts, None, NEW, NEVER) == HFEngine(model, 7).generate(prompts, None, NEW, NEVER)
-    assert engine.batch_size == 1  # 7, 3, 1
+    assert engine.batches.size == 1  # 7, 3, 1
     assert "out of memory with 7 prompts in a batch; going on with 3" in capsys.readouterr().out
 
 
@@ -181,8 +181,42 @@ def test_an_adapter_of_another_model_is_refused(model_folder, prompts, tmp_path)
         HFEngine(load(model_folder), 2).generate(prompts, tmp_path / "adapter", NEW, NEVER)
 
 
-def test_a_prompt_beyond_the_window_is_refused():
-    check_window(512, 512)
-    check_window(None, 10**6)
-    with pytest.raises(RunError, match="513 tokens together, but the model reads 512 at most"):
-        check_window(512, 513)
+LABELS = [[[5, 0], [6, 7, 8, 0], [5, 9, 0]], [[5, 0]], [[7, 8, 0], [7, 0]]]
+
+
+def plain_logprob(model, prompt, label):
+    """The label's log-probability from the plain forward pass of one unpadded row."""
+    import torch
+
+    with torch.inference_mode():
+        rows = model(input_ids=torch.tensor([[*prompt, *label]])).logits[0].log_softmax(-1)
+    return sum(float(rows[len(prompt) - 1 + t, token]) for t, token in enumerate(label))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_labels_are_as_likely_as_the_plain_forward_says(model, prompts, batch_size):
+    found = HFEngine(model, batch_size).label_logprobs(prompts[:3], LABELS, None)
+    for prompt, labels, values in zip(prompts, LABELS, found, strict=False):
+        assert values == pytest.approx([plain_logprob(model, prompt, label) for label in labels], abs=1e-4)
+    assert len({round(value, 3) for values in found for value in values}) == 6
+
+
+@pytest.mark.parametrize("family", [toys.tiny_gpt2, toys.tiny_gpt_neox, toys.tiny_llama])
+def test_labels_are_weighed_by_every_family(family, prompts, tmp_path):
+    model = load(family(tmp_path))
+    found = HFEngine(model, 4).label_logprobs(prompts[:3], LABELS, None)
+    for prompt, labels, values in zip(prompts, LABELS, found, strict=False):
+        assert values == pytest.approx([plain_logprob(model, prompt, label) for label in labels], abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_labels_are_weighed_under_an_adapter(model_folder, prompts, adapters):
+    from peft import PeftModel
+
+    engine = HFEngine(load(model_folder), 4)
+    base = engine.label_logprobs(prompts[:3], LABELS, None)
+    merged = PeftModel.from_pretrained(load(model_folder), str(adapters[0])).merge_and_unload()
+    adapted = engine.label_logprobs(prompts[:3], LABELS, adapters[0])
+    for prompt, labels, values in zip(prompts, LABELS, adapted, strict=False):
+        assert values == pytest.approx([plain_logprob(merged, prompt, label) for label in labels], abs=1e-3)
+    assert engine.label_logprobs(prompts[:3], LABELS, None) == base != adapted

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RunError
-from stage3_eval import evaluate
 from stage3_eval.__main__ import main
+from stage3_eval.subject import Subject
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -22,11 +22,11 @@ def test_it_reports_and_a_second_call_generates_nothing(run, capsys, monkeypatch
     assert "| zero_shot " in first
     assert str(run.folder / "report" / "comparison.png") in first
     results = json.loads((run.folder / "report" / "results.json").read_text())
-    conditions = results["students"]["toy"]["splits"]["test"]["gsm8k"]["strict"]["conditions"]
-    assert list(conditions) == ["zero_shot", "few_shot", "sft", "distill"]
-    assert {cell["n"] for cell in conditions.values()} == {8}
+    rows = results["students"]["toy"]["blocks"]["test"]["gsm8k"]["strict"]["rows"]
+    assert list(rows) == ["zero_shot", "few_shot", "sft", "distill"]
+    assert {cell["n"] for cell in rows.values()} == {8}
 
-    monkeypatch.setattr(evaluate, "load_engine", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(Subject, "load", lambda *_: pytest.fail("a model was loaded"))
     assert main(run.arguments) == 0
     assert "all 48 answers are there; no model is loaded" in capsys.readouterr().out
     again = json.loads((run.folder / "report" / "results.json").read_text())
@@ -39,9 +39,9 @@ def test_it_runs_with_the_arms_there_are(run, capsys):
     out = capsys.readouterr().out
     assert "toy/sft: no checkpoint yet; to train it: python -m stage2_student --recipe" in out
     results = json.loads((run.folder / "report" / "results.json").read_text())
-    conditions = results["students"]["toy"]["splits"]["test"]["gsm8k"]["strict"]["conditions"]
-    assert list(conditions) == ["zero_shot", "few_shot", "distill"]
-    assert conditions["distill"]["difference"] is None
+    rows = results["students"]["toy"]["blocks"]["test"]["gsm8k"]["strict"]["rows"]
+    assert list(rows) == ["zero_shot", "few_shot", "distill"]
+    assert rows["distill"]["difference"] is None
 
 
 def test_one_student_of_two(run, capsys, tmp_path):

@@ -48,7 +48,7 @@ if __name__ == "__main__":
 def test_vllm_writes_the_tokens_that_transformers_writes(tmp_path):
     from pipeline.models import load_causal_lm, locate
     from pipeline.prompts import PromptBuilder
-    from stage3_eval.generate import HFEngine
+    from stage3_eval.generate_hf import HFEngine
 
     # Weights this large make the best token stand out, so that no rounding can turn a choice.
     model = toys.tiny_qwen3(tmp_path / "model", head_dim=32, initializer_range=0.5)  # vLLM has no kernel for heads of 8

@@ -29,9 +29,9 @@ def write_adapter(folder: Path, model: Path, seed: int) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def write_checkpoint(run_dir: RunDir, arm: str, step: int, model: Path, seed: int) -> Path:
-    """What stage 2 leaves of a step that stage 3 reads."""
-    folder = run_dir.arm("toy", arm)
+def write_checkpoint(run_dir: RunDir, run: str, step: int, model: Path, seed: int, student: str = "toy") -> Path:
+    """What stage 2 leaves of a step that stage 3 reads. run: an arm, or one of its repeats."""
+    folder = run_dir.arm(student, run)
     checkpoint = folder.checkpoint(step)
     sha256 = write_adapter(checkpoint, model, seed)
     (checkpoint / "state.json").write_text(json.dumps({"step": step, "adapter_sha256": sha256}))

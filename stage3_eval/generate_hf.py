@@ -1,0 +1,208 @@
+"""The engine on transformers for decoders. Called by `subject`; see `stage3_eval.generate` for the protocol.
+
+Shapes: B prompts of a batch (those not finished yet), P tokens of the context they share, L columns of
+their own padded tokens, C = P + L + limit columns in all, V vocabulary; N answer rows of a batch, H hidden.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RunError
+from stage3_eval.batching import Batches, Rows, summed_logprobs
+from stage3_eval.generate import ADAPTER_FILE, Generated
+
+_SHARED_TOKENS = 16  # a shorter common context is not worth a forward pass of its own
+
+
+class HFEngine:
+    """Batched greedy decoding on a transformers decoder.
+
+    Prompts are sorted by length and padded on the left; a context that all of them share (the worked examples) is
+    computed once; a row leaves the batch soon after it has finished. Out of memory halves the batch and goes on.
+    """
+
+    def __init__(self, model: Any, batch_size: int) -> None:
+        self.batches = Batches(batch_size)
+        self.chunk = batch_size
+        self.provenance: dict[str, Any] = {"engine": "hf", "batch_size": batch_size}
+        self._base = model
+        self._peft: Any = None
+        self._loaded: tuple[Path, str] | None = None  # the adapter in memory: its folder, its name in peft
+        self._count = 0
+        self._head: Callable[[Any], Any] | None = None  # hidden_NH -> logits_NV float32
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_logits_only = {"logits_to_keep": 1} if keeps else {}
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], adapter: Path | None, max_new_tokens: int, end_id: int
+    ) -> list[Generated]:
+        """See Engine. Raises RunError for an adapter that cannot be loaded, or where one prompt alone is too much."""
+        import torch
+
+        with torch.inference_mode(), self._adapted(adapter) as model:
+            shared_ids = self._shared(prompts)
+            return self.batches.run(
+                [len(prompt) for prompt in prompts],
+                lambda batch: self._decode(model, shared_ids, [prompts[i] for i in batch], max_new_tokens, end_id),
+            )
+
+    def label_logprobs(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]], adapter: Path | None
+    ) -> list[list[float]]:
+        """See Engine. A row is a prompt with one of its labels; the head runs in float32 on the labels' rows alone."""
+        import torch
+
+        from pipeline.models import check_head, float32_head
+
+        if self._head is None:
+            check_head(self._base)
+            self._head = float32_head(self._base)
+        rows = [(prompt, label) for prompt, of in zip(prompts, labels, strict=True) for label in of]
+        with torch.inference_mode(), self._adapted(adapter) as model:
+            sums = self.batches.run(
+                [len(prompt) + len(label) for prompt, label in rows],
+                lambda batch: self._logprobs(model, [rows[i] for i in batch]),
+            )
+        ends = list(accumulate(len(of) for of in labels))
+        return [sums[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        import torch
+
+        self._base = self._peft = self._loaded = self._head = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _adapted(self, adapter: Path | None) -> AbstractContextManager[Any]:
+        """The model with this adapter, or without any, as a context."""
+        if adapter is None:
+            return _without_adapter(self._peft) if self._peft is not None else nullcontext(self._base)
+        if self._loaded is None or self._loaded[0] != adapter:
+            self._swap(adapter)
+        return nullcontext(self._peft)
+
+    def _swap(self, adapter: Path) -> None:
+        """Load an adapter in the place of the one in memory."""
+        from peft import PeftModel
+
+        if not (adapter / ADAPTER_FILE).is_file():
+            raise RunError(f"checkpoint {adapter}: expected a LoRA adapter, found no {ADAPTER_FILE}; train it again")
+        self._count += 1
+        name = f"adapter{self._count}"
+        try:
+            with warnings.catch_warnings():  # peft asks for what transformers has renamed
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(self._base, str(adapter), adapter_name=name).eval()
+                else:
+                    self._peft.load_adapter(str(adapter), adapter_name=name)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise RunError(f"checkpoint {adapter}: its adapter does not fit the student's model: {error}") from None
+        self._peft.set_adapter(name)
+        self._peft.requires_grad_(False)
+        if self._loaded is not None:
+            self._peft.delete_adapter(self._loaded[1])
+        self._loaded = (adapter, name)
+
+    def _shared(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """The context that all prompts begin with, where it is worth computing once; each keeps a token of its own.
+
+        Models with a sliding window are left out: they measure it in columns, padding between context and own tokens
+        included.
+        """
+        config = self._base.config
+        slides = any("sliding" in kind for kind in getattr(config, "layer_types", None) or [])
+        if len(prompts) < 2 or slides:
+            return []
+        first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all share
+        most = min(len(prompt) for prompt in prompts) - 1
+        count = next((i for i in range(most) if first[i] != last[i]), most)
+        return first[:count] if count >= _SHARED_TOKENS else []
+
+    def _decode(
+        self, model: Any, shared_ids: list[int], prompts: list[Sequence[int]], max_new_tokens: int, end_id: int
+    ) -> list[Generated]:
+        """Greedy decoding of one batch: columns are [shared context P | padding | own tokens L | answer]."""
+        import torch
+
+        from pipeline.models import kv_cache_argument
+
+        device = self._base.device
+        P, own = len(shared_ids), [list(prompt[len(shared_ids) :]) for prompt in prompts]
+        L = max(map(len, own))
+        cache = self._context(model, shared_ids, len(prompts))
+        ids_BL = torch.tensor([[end_id] * (L - len(ids)) + ids for ids in own], device=device)
+        mask_BC = torch.ones(len(prompts), P + L + max_new_tokens, dtype=torch.long, device=device)
+        for row, ids in enumerate(own):
+            mask_BC[row, P : P + L - len(ids)] = 0
+        positions_BL = (mask_BC[:, : P + L].cumsum(1) - 1).clamp(min=0)[:, P:]
+
+        rows = Rows(len(prompts), end_id)
+        for step in range(max_new_tokens):
+            logits_BV = model(
+                input_ids=ids_BL,
+                attention_mask=mask_BC[:, : P + L + step],
+                position_ids=positions_BL,
+                use_cache=True,
+                **kv_cache_argument(model, cache),
+                **self._last_logits_only,
+            ).logits[:, -1]
+            next_B = logits_BV.argmax(-1)
+            if not rows.add(next_B.tolist()):
+                break
+            ids_BL, positions_BL = next_B[:, None], positions_BL[:, -1:] + 1
+            if (alive := rows.leave()) is not None:
+                keep_B = torch.tensor(alive, device=device)
+                cache.batch_select_indices(keep_B)
+                ids_BL, positions_BL, mask_BC = ids_BL[keep_B], positions_BL[keep_B], mask_BC[keep_B]
+        return rows.answers()
+
+    def _context(self, model: Any, shared_ids: list[int], batch: int) -> Any:
+        """A KV cache that holds the shared context for each row of the batch, or nothing."""
+        import torch
+        from transformers import DynamicCache
+
+        from pipeline.models import kv_cache_argument
+
+        cache: Any = DynamicCache(config=self._base.config)
+        if not shared_ids:
+            return cache
+        ids = torch.tensor([shared_ids], device=self._base.device)
+        model(input_ids=ids, use_cache=True, **kv_cache_argument(model, cache), **self._last_logits_only)
+        return DynamicCache(
+            [(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1)) for layer in cache.layers]
+        )
+
+    def _logprobs(self, model: Any, rows: list[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """The summed log-probability of each row's label after its prompt.
+
+        Rows are padded on the right, where a decoder's earlier positions do not look, so no mask is needed.
+        """
+        import torch
+
+        from pipeline.models import body_and_head
+
+        assert self._head is not None
+        device = self._base.device
+        longest = max(len(prompt) + len(label) for prompt, label in rows)
+        ids_BT = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+        answers_BT = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)  # rows that predict a label token
+        for row, (prompt, label) in enumerate(rows):
+            ids_BT[row, : len(prompt) + len(label)] = torch.tensor([*prompt, *label], device=device)
+            answers_BT[row, len(prompt) - 1 : len(prompt) + len(label) - 1] = True
+        hidden_NH = body_and_head(model)[0](input_ids=ids_BT, use_cache=False).last_hidden_state[answers_BT]
+        targets_N = ids_BT.roll(-1, 1)[answers_BT]
+        return summed_logprobs(self._head(hidden_NH), targets_N, [len(label) for _, label in rows])
+
+
+@contextmanager
+def _without_adapter(model: Any) -> Iterator[Any]:
+    """A peft model as its base alone."""
+    with model.disable_adapter():
+        yield model

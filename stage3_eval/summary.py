@@ -1,0 +1,196 @@
+"""The tables of a mixture, in the form of the published experiment, as Markdown: `table.md`. Called by `report`.
+
+For each block of examples: a row a model, a column a metric of a task, the better one of each pair of fine-tuned and
+distilled student in bold; then the differences of the pairs with their intervals, classification by the likelihood of
+the labels, and what was cut or left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from stage3_eval.tables import block_name, markdown, notes, points
+
+_SHORT = {
+    "accuracy": "acc",
+    "f1": "F1",
+    "exact_match": "EM",
+    "rouge_l": "ROUGE-L",
+    "bert_score": "BERTScore",
+    "coverage": "coverage",
+    "coverage_all": "all covered",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "label_likelihood": "likelihood",
+}
+LIKELIHOOD = "label_likelihood"
+_LEVEL = 0.05
+
+
+class Column(NamedTuple):
+    """One metric of one task."""
+
+    task: str
+    metric: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} {_SHORT.get(self.metric, self.metric)}"
+
+    @property
+    def of_labels(self) -> bool:
+        return self.metric == LIKELIHOOD
+
+
+def summary_of(found: Mapping[str, Any]) -> str:
+    """`table.md` of a mixture."""
+    parts = [f"# Results of `{found['recipe']}`"]
+    for block in found["blocks"]:
+        name = block_name(block, found["shots"])
+        parts += [f"## {name[0].upper()}{name[1:]}", _scores(found, block)]
+        if compared(found, block):
+            parts += [f"Minus `{found['reference']}`, in points, with 95 % intervals:", _differences(found, block)]
+        if any(column.of_labels for column in columns_of(found, block)):
+            parts += ["Classification, by the likelihood of the labels, and generated answers that are no label:"]
+            parts.append(_labels(found, block))
+    parts += ["## Examples", _examples(found), _legend(found), notes(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def pair(found: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The arms whose better one is bold: plain fine-tuning, and the first arm that reads the teacher."""
+    arms = found["provenance"]["recipe"]["arms"]
+    distilled = [name for name, arm in arms.items() if arm["logit_mse"] + arm["kl"] + arm["uld"] > 0]
+    return (found["reference"], distilled[0]) if found["reference"] is not None and distilled else None
+
+
+def columns_of(found: Mapping[str, Any], block: str) -> list[Column]:
+    """The columns of a block: every metric of every task, by the labels' likelihood last."""
+    models = [*found["students"].values(), *found["references"].values()]
+    columns = {
+        Column(task, metric): None for model in models for task, of in model["blocks"][block].items() for metric in of
+    }
+    return sorted(columns, key=lambda column: column.of_labels)
+
+
+def compared(found: Mapping[str, Any], block: str) -> list[tuple[str, str]]:
+    """(student, arm) of every arm that is compared with plain fine-tuning in a block."""
+    return [
+        (student, arm)
+        for student, of in found["students"].items()
+        for arm in found["provenance"]["recipe"]["arms"]
+        if any(
+            cells["rows"].get(arm, {}).get("difference")
+            for metrics in of["blocks"][block].values()
+            for cells in metrics.values()
+        )
+    ]
+
+
+def _rows(found: Mapping[str, Any], block: str, columns: Sequence[Column]) -> list[tuple[str, str, list[Any]]]:
+    """(student or "", label, a cell a column): references first, then each student's conditions."""
+    rows = [
+        ("", name, [of["blocks"][block][task][metric] for task, metric in columns])
+        for name, of in found["references"].items()
+    ]
+    for student, of in found["students"].items():
+        tasks = of["blocks"][block]
+        names = {name: None for task, metric in columns for name in tasks[task].get(metric, {"rows": {}})["rows"]}
+        for name in names:
+            cells = [tasks[task][metric]["rows"][name] for task, metric in columns]
+            seeds = f" ({cells[0]['seeds']} seeds)" if cells[0]["seeds"] > 1 else ""
+            rows.append((student, f"{student} {_CONDITION.get(name, name)}{seeds}", cells))
+    return rows
+
+
+_CONDITION = {"zero_shot": "base", "few_shot": "base, few-shot"}
+
+
+def _scores(found: Mapping[str, Any], block: str) -> str:
+    """The published table of a block: percent, the better one of each pair in bold, both where they print the same."""
+    columns = [column for column in columns_of(found, block) if not column.of_labels]
+    bold = pair(found)
+    lines = []
+    for student, label, cells in _rows(found, block, columns):
+        line = [label]
+        for column, cell in zip(columns, cells, strict=True):
+            text = f"{100 * cell['mean']:.2f}"
+            rows = found["students"][student]["blocks"][block][column.task][column.metric]["rows"] if student else {}
+            if bold and all(arm in rows for arm in bold) and any(cell is rows[arm] for arm in bold):
+                best = max(round(100 * rows[arm]["mean"], 2) for arm in bold)
+                text = f"**{text}**" if round(100 * cell["mean"], 2) == best else text
+            line.append(text)
+        lines.append(line)
+    return markdown(["model", *(column.title for column in columns)], lines)
+
+
+def _differences(found: Mapping[str, Any], block: str) -> str:
+    """A row a metric, a column an arm of a student; a star where p (Holm) is below the level."""
+    of_arms = compared(found, block)
+    lines = []
+    for column in columns_of(found, block):
+        line = [column.title]
+        for student, arm in of_arms:
+            rows = found["students"][student]["blocks"][block][column.task][column.metric]["rows"]
+            difference = rows[arm]["difference"]
+            star = " *" if difference is not None and difference["p_holm"] < _LEVEL else ""
+            line.append(points(difference) + star)
+        lines.append(line)
+    return markdown(["metric", *(f"{student} {arm}" for student, arm in of_arms)], lines)
+
+
+def _labels(found: Mapping[str, Any], block: str) -> str:
+    """Accuracy by the labels' likelihood, and the share of generated answers that are none of the labels."""
+    columns = [column for column in columns_of(found, block) if column.of_labels]
+    generated = [Column(task, "accuracy") for task, _ in columns]
+    head = ["model"]
+    for task, _ in columns:
+        head += [f"{task} likelihood", "unparsable"]
+    lines = []
+    for (_, label, cells), (_, _, written) in zip(
+        _rows(found, block, columns), _rows(found, block, generated), strict=True
+    ):
+        line = [label]
+        for by_likelihood, by_text in zip(cells, written, strict=True):
+            line += [f"{100 * by_likelihood['mean']:.2f}", f"{100 * by_text['unparsable'] / by_text['n']:.1f} %"]
+        lines.append(line)
+    return markdown(head, lines)
+
+
+def _examples(found: Mapping[str, Any]) -> str:
+    """How many examples there are, whose context was cut, and whose prompt was too long for a model."""
+    models = {**found["references"], **found["students"]}
+
+    def too_long(model: Mapping[str, Any], block: str, task: str) -> float:
+        cells = next(iter(model["blocks"][block][task].values()))
+        rows = [row for name, row in cells["rows"].items() if name != "few_shot"] if "rows" in cells else [cells]
+        return max((row["too_long"] for row in rows), default=0)
+
+    lines = []
+    for block, tasks in found["blocks"].items():
+        for task, counts in tasks.items():
+            counted = [too_long(model, block, task) for model in models.values()]
+            line = [
+                f"{task}, {block_name(block, found['shots'])}",
+                counts["examples"],
+                counts["contexts_cut"],
+                *counted,
+            ]
+            lines.append([line[0], *(f"{value:,.0f}" for value in line[1:])])
+    used = [True, True, True, *(any(line[i + 3] != "0" for line in lines) for i in range(len(models)))]
+    head = ["task", "examples", "contexts cut", *(f"too long for {name}" for name in models)]
+    lines = [[cell for cell, kept in zip(line, used, strict=True) if kept] for line in lines]
+    return markdown([name for name, kept in zip(head, used, strict=True) if kept], lines)
+
+
+def _legend(found: Mapping[str, Any]) -> str:
+    text = "Scores are in percent, standard errors and single seeds in results.json, every condition in details.md."
+    bold = pair(found)
+    if bold:
+        text += (
+            f" Bold: the better one of `{bold[0]}` and `{bold[1]}` of a student, both where they print the same; "
+            "further arms are compared in the table of differences."
+        )
+    return (
+        f"{text} *: p below {_LEVEL} after Holm's adjustment over the metrics of a block, for each student and arm. "
+        "Contexts were cut to the task's limit in words; the cut is the same for every model."
+    )
