@@ -2,6 +2,7 @@
 
 runs/<name>/
   recipe.json                                       the recipe as last run
+  students/<student>/alignment.json                 how many of its positions have a teacher, a task
   students/<student>/<arm>/checkpoints/step-000200/ adapter, optimizer, state
   students/<student>/<arm>/metrics.jsonl            a line a step;  tensorboard/ beside it
   predictions/<student>/<condition>/                what was generated
@@ -66,6 +67,9 @@ class RunDir:
     @property
     def report(self) -> Path:
         return self.root / "report"
+
+    def alignment(self, student: str) -> Path:
+        return self.root / "students" / student / "alignment.json"
 
     def arm(self, student: str, arm: str) -> ArmDir:
         return ArmDir(self.root / "students" / student / arm)

@@ -1,23 +1,31 @@
 """Stage 2: train the students from the cache.
 
-    python -m stage2_student --recipe pocket [--set key=value]... [--student NAME] [--arm NAME]
+    python -m stage2_student --recipe pocket [--set key=value]... [--student NAME] [--arm NAME] [--alignment]
 
 Several processes: set runtime.processes, or start it through `torchrun --standalone --nproc_per_node N -m
-stage2_student ...` oneself. Called again it goes on from the newest checkpoints, or says that all is done.
+stage2_student ...` oneself. Called again it goes on from the newest checkpoints, or says that all is done. With
+--alignment it only reports how many of each student's answer positions have a teacher.
 """
 
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
+
+if TYPE_CHECKING:
+    from pipeline.fingerprint import Experiment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Find what is left to do, then train it. The teacher is never loaded; models are, only if something is left."""
     parser = recipe_parser("stage2_student", "Stage 2: train the students from the cache.")
     parser.add_argument("--student", metavar="NAME", help="this student alone")
-    parser.add_argument("--arm", metavar="NAME", help="this arm alone")
+    parser.add_argument("--arm", metavar="NAME", help="this arm alone, with its repeats")
+    parser.add_argument(
+        "--alignment", action="store_true", help="only print the share of answer positions that have a teacher, by task"
+    )
     args = parser.parse_args(argv)
     recipe = recipe_of(args)
 
@@ -26,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from stage2_student.arms import plan
 
     experiment = Experiment(recipe)
+    if args.alignment:
+        _report_alignment(experiment, args.student)
+        return 0
     arms = plan(experiment, args.student, args.arm)
     left = [arm for arm in arms if arm.done < recipe.train.steps]
     several = recipe.runtime.processes > 1 and "WORLD_SIZE" not in os.environ
@@ -44,6 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     train(recipe, reader, left)
     return 0
+
+
+def _report_alignment(experiment: "Experiment", student: str | None) -> None:
+    """The table of all students asked for, and each one's alignment.json."""
+    from cache_schema.reader import CacheReader
+    from pipeline.progress import progress
+    from pipeline.run_dir import RunDir
+    from stage2_student import coverage
+    from stage2_student.arms import students
+
+    reader = CacheReader.open(experiment.cache_dir, expect=experiment.identity)
+    covered = {}
+    for plan in students(experiment, student):
+        with progress(f"{plan.name} alignment", len(reader), "examples") as bar:
+            covered[plan.name] = coverage.measure(reader, plan.prompts, bar.advance)
+        path = RunDir.of(experiment.recipe).alignment(plan.name)
+        coverage.save(path, covered[plan.name], reader, plan.prompts)
+    print(coverage.table(covered))
 
 
 def _in_processes(count: int, arguments: Sequence[str]) -> int:

@@ -17,11 +17,15 @@ from pipeline.errors import ModelError, RecipeError, RunError, unknown_name
 from pipeline.fingerprint import Experiment
 from pipeline.models import ModelSource, load_tokenizer, locate, tokenizer_digest
 from pipeline.prompts import PromptBuilder
+from pipeline.recipe import ArmRun
 from pipeline.run_dir import ArmDir, RunDir
+from pipeline.sections import Alignment, Arm, Train
 from stage2_student.checkpoint import complete_steps, storage_errors, sweep, write_whole
 from stage2_student.order import BLOCK, WINDOW
 
-PROVENANCE = {"micro_batch_size"}  # the keys of `train` that are no part of an arm's identity
+# The keys of `train` that are no part of an arm's identity: repeats are arms of their own, each with its own seed, and
+# alignment stands beside the loss that needs it.
+NO_IDENTITY = {"micro_batch_size", "repeats", "alignment"}
 
 
 @dataclass(frozen=True)
@@ -35,49 +39,57 @@ class StudentPlan:
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm of one student: its identity, its folder, and how many steps a complete checkpoint has already."""
+    """One training of one arm: its identity, its folder, and how many steps a complete checkpoint has already."""
 
     student: StudentPlan
-    name: str
+    run: ArmRun
     identity: dict[str, Any]
     folder: ArmDir
     done: int
 
     @property
     def label(self) -> str:
-        return f"{self.student.name}/{self.name}"
+        return f"{self.student.name}/{self.run.name}"
 
 
-def plan(experiment: Experiment, student: str | None = None, arm: str | None = None) -> list[ArmPlan]:
-    """The arms asked for, in the recipe's order.
-
-    Raises RecipeError for an unknown name, RunError where a folder holds an arm that was trained with other settings.
-    """
-    recipe, run_dir = experiment.recipe, RunDir.of(experiment.recipe)
-    plans = []
-    for student_name in _chosen("student", student, recipe.students):
-        settings = recipe.students[student_name]
+def students(experiment: Experiment, student: str | None = None) -> list[StudentPlan]:
+    """The students asked for. Raises RecipeError for an unknown name, ModelError for one that cannot be trained."""
+    recipe, plans = experiment.recipe, []
+    for name in _chosen("student", student, recipe.students):
+        settings = recipe.students[name]
         if settings.dtype == "float16":
             raise ModelError(
-                f"students.{student_name}.dtype is float16, whose gradients underflow without loss scaling; "
+                f"students.{name}.dtype is float16, whose gradients underflow without loss scaling; "
                 "set it to bfloat16 or float32"
             )
         source = locate(settings.model, settings.revision)
         prompts = PromptBuilder(load_tokenizer(source), recipe.teacher.thinking, require_switch=False)
-        student_plan = StudentPlan(student_name, source, prompts)
-        for arm_name in _chosen("arm", arm, recipe.arms):
-            folder = run_dir.arm(student_name, arm_name)
-            identity = arm_identity(experiment, student_plan, arm_name)
-            _check_identity(folder, identity)
-            steps = complete_steps(folder.checkpoints)
-            plans.append(ArmPlan(student_plan, arm_name, identity, folder, steps[-1] if steps else 0))
+        plans.append(StudentPlan(name, source, prompts))
     return plans
 
 
-def arm_identity(experiment: Experiment, student: StudentPlan, arm: str) -> dict[str, Any]:
+def plan(experiment: Experiment, student: str | None = None, arm: str | None = None) -> list[ArmPlan]:
+    """The arms asked for, with all their repeats, in the recipe's order.
+
+    Raises as `students` does, and RunError where a folder holds an arm that was trained with other settings.
+    """
+    recipe, run_dir = experiment.recipe, RunDir.of(experiment.recipe)
+    chosen = _chosen("arm", arm, recipe.arms)
+    plans = []
+    for of_student in students(experiment, student):
+        for run in (run for run in recipe.arm_runs if run.arm in chosen):
+            folder = run_dir.arm(of_student.name, run.name)
+            identity = arm_identity(experiment, of_student, run)
+            _check_identity(folder, identity)
+            steps = complete_steps(folder.checkpoints)
+            plans.append(ArmPlan(of_student, run, identity, folder, steps[-1] if steps else 0))
+    return plans
+
+
+def arm_identity(experiment: Experiment, student: StudentPlan, run: ArmRun) -> dict[str, Any]:
     """Everything that decides an arm's adapter, as plain JSON."""
     recipe = experiment.recipe
-    settings, weights = recipe.students[student.name], recipe.arms[arm]
+    settings = recipe.students[student.name]
     return {
         "cache": experiment.fingerprint,
         "student": {
@@ -86,10 +98,25 @@ def arm_identity(experiment: Experiment, student: StudentPlan, arm: str) -> dict
             "lora": settings.lora.model_dump(mode="json"),
             "tokenizer": {"sha256": tokenizer_digest(student.prompts.tokenizer), **student.prompts.describe()},
         },
-        "train": recipe.train.model_dump(mode="json", exclude=PROVENANCE),
+        "train": recipe.train.model_dump(mode="json", exclude=NO_IDENTITY) | {"seed": run.seed},
         "order": {"block": BLOCK, "window": WINDOW},
-        "losses": weights.model_dump(mode="json", exclude=set() if weights.kl > 0 else {"temperature"}),
+        "losses": _losses(recipe.arms[run.arm], recipe.train),
     }
+
+
+def _losses(arm: Arm, train: Train) -> dict[str, Any]:
+    """The weights of an arm's losses and what those above zero depend on; its identity must not name anything else."""
+    chosen: dict[str, Any] = arm.model_dump(mode="json", include={"ce", "logit_mse", "kl"})
+    if arm.has_temperature:
+        chosen["temperature"] = arm.temperature
+    if arm.uld > 0:
+        chosen |= {"uld": arm.uld, "alignment": alignment_of(arm, train)}
+    return chosen
+
+
+def alignment_of(arm: Arm, train: Train) -> Alignment:
+    """The arm's own, else that of `train`."""
+    return arm.alignment or train.alignment
 
 
 @contextmanager

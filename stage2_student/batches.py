@@ -2,13 +2,14 @@
 
 `Collator` is called by `train` in a thread of its own, one step ahead. Row t of an answer is read from the student's
 output at input position answer_start - 1 + t, the place before answer token t, and is compared with answer token t and
-with row t of the cache, which is the teacher's distribution over the same token.
+with a row of the cache: row t where teacher and student have the same tokens, else the row that `pipeline.alignment`
+finds for it, or none.
 
-Shapes: B examples, L padded input tokens, N answer positions of the batch (examples one after another, no padding),
-K cached ranks.
+Shapes: B examples, L padded input tokens, N the student's answer positions in the batch (examples one after another, no
+padding), K cached ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -18,24 +19,25 @@ from torch import Tensor
 
 from cache_schema.manifest import Manifest
 from cache_schema.reader import CacheReader
-from cache_schema.schema import ALL, TEXT, CacheRow, Status, TextRow
+from cache_schema.schema import ALL, RANKED, TEXT, AlignmentRow, CacheRow, Status, TextRow
+from pipeline.alignment import NONE, Positions, align
 from pipeline.errors import DataError, ModelError
 from pipeline.models import tokenizer_digest
 from pipeline.prompts import Encoded, PromptBuilder
-from pipeline.sections import Arm
+from pipeline.sections import Alignment, Arm
 
 G = TypeVar("G", bound=Any)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The cached distributions of a batch; row n predicts answer token n. Rows that are not usable mean nothing."""
+    """The cached distributions, one row for each of the student's positions. Rows that are not usable mean nothing."""
 
     logits_NK: Tensor  # float32, raw
-    ids_NK: Tensor  # int64
+    ids_NK: Tensor | None  # int64; None for an arm whose losses compare no ids
     logsumexp_N: Tensor  # float32, of logit / T over the full vocabulary, at the arm's temperature
     log_tail_N: Tensor | None  # float32, the same over the ids outside the top K; None when K = V
-    usable_N: Tensor  # bool
+    usable_N: Tensor  # bool: there is a row for this position, and it is not quarantined
 
 
 @dataclass(frozen=True)
@@ -57,32 +59,37 @@ class Batch:
     def counts(self) -> dict[str, int]:
         """Valid positions by loss component, and the input tokens: what the sums are divided by, and throughput.
 
-        `ce` counts every answer position; the teacher's losses leave the quarantined ones out.
+        `ce` counts every answer position; the teacher's losses those that have a usable row.
         """
         counts = {"tokens": int(self.attention_mask_BL.sum()), "ce": len(self.labels_N)}
         if self.teacher is not None:
             usable = int(self.teacher.usable_N.sum())
-            counts |= {"logit_mse": usable, "kl": usable}
+            counts |= {"logit_mse": usable, "kl": usable, "uld": usable}
         return counts
 
 
 class Collator:
     """Reads rows of a cache and makes batches of them for one student and one arm.
 
-    An arm without teacher losses reads the text columns alone. student_vocab: the width of the student's output.
-    Raises ModelError unless the student of an arm with teacher losses has the teacher's tokenizer.
+    Only the columns that the arm's losses need are read. student_vocab: the width of the student's output. alignment:
+    which row a position is compared with, where the student's tokenizer is not the teacher's (`pipeline.alignment`).
+    Raises ModelError unless the student of an arm that compares ids has the teacher's tokenizer.
     """
 
-    def __init__(self, reader: CacheReader, prompts: PromptBuilder, student_vocab: int, arm: Arm) -> None:
-        self.reader, self.prompts, self.student_vocab = reader, prompts, student_vocab
-        self.with_teacher = arm.needs_teacher
-        self.column = reader.manifest.temperatures.index(arm.temperature) if arm.kl > 0 else 0  # only kl has one
-        if arm.needs_teacher:
+    def __init__(
+        self, reader: CacheReader, prompts: PromptBuilder, student_vocab: int, arm: Arm, alignment: Alignment
+    ) -> None:
+        self.reader, self.prompts, self.student_vocab, self.alignment = reader, prompts, student_vocab, alignment
+        self.same_tokenizer = has_teachers_tokenizer(prompts, reader.manifest)
+        self.with_ids = arm.needs_ids
+        self.columns = ALL if arm.needs_ids else RANKED if arm.needs_teacher else TEXT
+        self.temperature_column = reader.manifest.temperatures.index(arm.temperature) if arm.has_temperature else 0
+        if arm.needs_ids:
             check_same_tokenizer(prompts.tokenizer, reader.manifest, student_vocab)
 
     def read(self, indices: Sequence[int], micro_batch_size: int) -> list[Batch]:
         """The micro-batches, on the CPU, of these rows of the cache; none for no rows."""
-        rows: Sequence[TextRow] = self.reader.read(indices, ALL if self.with_teacher else TEXT)
+        rows = self.reader.read(indices, self.columns)
         return [self.collate(rows[i : i + micro_batch_size]) for i in range(0, len(rows), micro_batch_size)]
 
     def collate(self, rows: Sequence[TextRow], padding: Literal["right", "left"] = "right") -> Batch:
@@ -105,22 +112,33 @@ class Collator:
             position_ids_BL=(mask_BL.cumsum(1) - 1).clamp(min=0),
             read_at_N=torch.cat(read_at),
             labels_N=torch.tensor([token for e in encoded for token in e.answer_ids]),
-            teacher=self._teacher(rows, encoded) if self.with_teacher else None,
+            teacher=None if self.columns is TEXT else self._teacher(rows, encoded),
         )
 
     def _teacher(self, rows: Sequence[TextRow], encoded: Sequence[Encoded]) -> Teacher:
-        """The rows' distributions end to end, in the order of `labels_N`."""
+        """The rows' distributions, one for each of `labels_N` in its order."""
         cached = [row for row in rows if isinstance(row, CacheRow)]
-        for row, e in zip(cached, encoded, strict=True):
-            self._check_answer(row, e.answer_ids)
+        aligned = [self._aligned(row, e) for row, e in zip(cached, encoded, strict=True)]
+
+        def gathered(arrays: Iterable[np.ndarray[Any, Any]]) -> Tensor:
+            """Row n for position n; any row where there is none, for `usable_N` leaves it out."""
+            return torch.from_numpy(np.concatenate([a[at.clip(0)] for a, at in zip(arrays, aligned, strict=True)]))
+
         tails = [row.log_tail for row in cached if row.log_tail is not None]
+        usable = gathered(row.status == Status.USABLE for row in cached)
         return Teacher(
-            logits_NK=_joined([row.logits for row in cached]),
-            ids_NK=_joined([_ids(row) for row in cached]).long(),
-            logsumexp_N=_joined([row.logsumexp[:, self.column] for row in cached]),
-            log_tail_N=_joined([tail[:, self.column] for tail in tails]) if tails else None,
-            usable_N=_joined([row.status == Status.USABLE for row in cached]),
+            logits_NK=gathered(row.logits for row in cached),
+            ids_NK=gathered(_ids(row) for row in cached).long() if self.with_ids else None,
+            logsumexp_N=gathered(row.logsumexp[:, self.temperature_column] for row in cached),
+            log_tail_N=gathered(tail[:, self.temperature_column] for tail in tails) if tails else None,
+            usable_N=usable & torch.from_numpy(np.concatenate(aligned) != NONE),
         )
+
+    def _aligned(self, row: CacheRow, encoded: Encoded) -> Positions:
+        """The row of the cache that each position of the student is compared with."""
+        if self.with_ids:
+            self._check_answer(row, encoded.answer_ids)
+        return aligned_rows(row, encoded, self.alignment, self.same_tokenizer)
 
     def _check_answer(self, row: CacheRow, answer_ids: Sequence[int]) -> None:
         """Same-tokenizer distillation: the student reads the very answer tokens that the teacher's rows predict."""
@@ -132,15 +150,26 @@ class Collator:
             raise ModelError(
                 f"example {row.example_id}: the student's answer tokens are not those that the teacher predicted. They "
                 f"differ first at answer token {at}: the student has {_token(self.prompts, ours, at)}, the cache has "
-                f"{_token(self.prompts, theirs, at)}. Distilling position by position needs the same tokenizer and the "
-                "same end of turn; use a student with the teacher's tokenizer, or train this student with ce alone"
+                f"{_token(self.prompts, theirs, at)}. logit_mse and kl need the same tokenizer and the same end of "
+                "turn; use a student with the teacher's tokenizer, or train this student with uld"
             )
         used = _ids(row)[row.status == Status.USABLE]
         if used.size and int(used.max()) >= self.student_vocab:
             raise ModelError(
                 f"example {row.example_id}: the cache has token id {int(used.max())}, but the student's vocabulary "
-                f"ends at {self.student_vocab - 1}; use a student with the teacher's vocabulary, or ce alone"
+                f"ends at {self.student_vocab - 1}; use a student with the teacher's vocabulary, or uld"
             )
+
+
+def aligned_rows(row: AlignmentRow, encoded: Encoded, alignment: Alignment, same_tokenizer: bool) -> Positions:
+    """[N] for each answer position of the student the row of the cache that it is compared with, or NONE."""
+    same_tokens = same_tokenizer and encoded.answer_ids == row.answer_ids.tolist()
+    return align(alignment, row.answer_offsets, np.array(encoded.answer_offsets), same_tokens)
+
+
+def has_teachers_tokenizer(prompts: PromptBuilder, manifest: Manifest) -> bool:
+    """Whether a token id means the same to student and teacher."""
+    return bool(tokenizer_digest(prompts.tokenizer) == manifest.identity["tokenizer"]["sha256"])
 
 
 def check_same_tokenizer(tokenizer: Any, manifest: Manifest, student_vocab: int) -> None:
@@ -150,7 +179,7 @@ def check_same_tokenizer(tokenizer: Any, manifest: Manifest, student_vocab: int)
         raise ModelError(
             f"the student's tokenizer {tokenizer.name_or_path} (sha256 {ours[:12]}) is not the one that the cache was "
             f"made with (sha256 {theirs[:12]}), so a token id means another thing to each; logit_mse and kl need the "
-            "teacher's tokenizer. Use a student that has it, or train this one with ce alone (--arm sft)"
+            "teacher's tokenizer. Use a student that has it, or train this one with uld, which compares no ids"
         )
     if manifest.top_k > student_vocab or (manifest.stores_tail and manifest.top_k == student_vocab):
         raise ModelError(
@@ -204,10 +233,6 @@ def _moved(group: G, device: torch.device) -> G:
 def _ids(row: CacheRow) -> np.ndarray[Any, Any]:
     assert row.token_ids is not None, "the recipe's check: logit_mse and kl need cache.store_ids"
     return row.token_ids
-
-
-def _joined(arrays: Sequence[np.ndarray[Any, Any]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays))
 
 
 def _token(prompts: PromptBuilder, ids: Sequence[int], at: int) -> str:

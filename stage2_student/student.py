@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import ModelError, unknown_name
 from pipeline.models import ModelSource, body_and_head, check_head, load_causal_lm, window_of
@@ -23,35 +24,39 @@ CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 
 
 class Student:
-    """The model of one student on one device. All arms of a student start from the same adapter (`reset`).
+    """The model of one student on one device, with the adapter of one arm on it at a time (`reset`).
 
     Raises ModelError for a model that cannot be taken apart, or adapter targets that do not exist or name the head.
     """
 
     def __init__(self, source: ModelSource, recipe: StudentRecipe, seed: int, device: torch.device) -> None:
+        self._recipe = recipe
         base = load_causal_lm(source, recipe.dtype, "none", device)
         self.window = window_of(base)
         self.vocab_size = int(base.get_output_embeddings().weight.shape[0])
-        self.model = _with_adapter(base, recipe, seed_of("adapter", seed))
-        self.body, self.head = body_and_head(self.model)
+        self._adapt(base, seed)
         check_head(self.model)
+
+    def reset(self, seed: int) -> None:
+        """A new adapter in place of the last: where every arm of this seed begins, in every process.
+
+        It is drawn from `seed`, but for B, which is zero: the student is the base model.
+        """
+        self._adapt(self.model.unload(), seed)
+
+    def _adapt(self, base: Any, seed: int) -> None:
+        self.model = _with_adapter(base, self._recipe, seed_of("adapter", seed))
+        self.body, self.head = body_and_head(self.model)
         self.model.eval()  # the base's own dropout stays off; the adapter's is the recipe's
         for module in self.model.modules():
             if hasattr(module, "lora_dropout"):
                 module.lora_dropout.train()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._initial = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @property
     def parameter_count(self) -> int:
         """Trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters.values())
-
-    def reset(self) -> None:
-        """Put the adapter back to where every arm begins: B is zero, so the student is the base model."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self._initial[name])
 
     def hidden_at_answers(self, batch: Batch) -> Tensor:
         """hidden_NH in the model's dtype: row n is where the student predicts `labels_N[n]`."""
@@ -103,25 +108,30 @@ def _sum(component: str, logits_NV: Tensor, batch: Batch, chunk: slice, temperat
         return losses.cross_entropy(logits_NV, batch.labels_N[chunk])
     teacher = batch.teacher
     assert teacher is not None, "the collator of this arm was told to read text alone"
-    ids_NK, usable_N, logits_NK = teacher.ids_NK[chunk], teacher.usable_N[chunk], teacher.logits_NK[chunk]
+    usable_N, logits_NK, logsumexp_N = (t[chunk] for t in (teacher.usable_N, teacher.logits_NK, teacher.logsumexp_N))
+    tail_N = None if teacher.log_tail_N is None else teacher.log_tail_N[chunk]
+    if component == "uld":
+        return losses.uld(logits_NV, logits_NK, logsumexp_N, tail_N, usable_N, temperature)
+    assert teacher.ids_NK is not None, "the collator of this arm was told to leave the ids out"
+    ids_NK = teacher.ids_NK[chunk]
     if component == "logit_mse":
         return losses.logit_mse(logits_NV, logits_NK, ids_NK, usable_N)
     assert component == "kl", component
-    tail_N = None if teacher.log_tail_N is None else teacher.log_tail_N[chunk]
-    return losses.kl(logits_NV, logits_NK, ids_NK, teacher.logsumexp_N[chunk], tail_N, usable_N, temperature)
+    return losses.kl(logits_NV, logits_NK, ids_NK, logsumexp_N, tail_N, usable_N, temperature)
 
 
 def _with_adapter(base: Any, recipe: StudentRecipe, seed: int) -> Any:
-    """The base with a LoRA adapter in float32 on it, drawn from `seed`: the same in every process and every arm."""
+    """The base with a LoRA adapter in float32 on it, drawn from `seed`."""
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.lora
-    targets = lora.targets if lora.targets == "all-linear" else _checked_targets(base, lora.targets)
+    linear = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=lora.targets if lora.targets == "all-linear" else _checked_targets(base, lora.targets, linear),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),  # GPT-2 stores weights transposed
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -132,19 +142,15 @@ def _with_adapter(base: Any, recipe: StudentRecipe, seed: int) -> Any:
         return get_peft_model(base, config)  # peft draws the adapter on the CPU, then moves it
 
 
-def _checked_targets(base: Any, targets: str | list[str]) -> list[str]:
+def _checked_targets(base: Any, targets: str | list[str], linear: Mapping[str, torch.nn.Module]) -> list[str]:
     """The adapter's module names; each exists and is not the head. (peft passes over a name that matches nothing.)"""
     names = [targets] if isinstance(targets, str) else targets
     head = base.get_output_embeddings()
-    found = {name: [m for n, m in base.named_modules() if n == name or n.endswith(f".{name}")] for name in names}
-    for name, modules in found.items():
+    for name in names:
+        modules = [m for n, m in base.named_modules() if n == name or n.endswith(f".{name}")]
         if not modules:
-            linear = {
-                n.rpartition(".")[2]
-                for n, m in base.named_modules()
-                if isinstance(m, torch.nn.Linear) and m is not head
-            }
-            raise ModelError("lora.targets: " + unknown_name("module", name, linear))
+            known = {n.rpartition(".")[2] for n, m in linear.items() if m is not head}
+            raise ModelError("lora.targets: " + unknown_name("module", name, known))
         if any(m is head for m in modules):
             raise ModelError(f"lora.targets: {name} is the output head, which stays frozen; leave it out")
     return names

@@ -25,15 +25,16 @@ from pipeline.errors import RunError
 from pipeline.models import device_of, provenance
 from pipeline.progress import progress
 from pipeline.recipe import Recipe
+from pipeline.run_dir import RunDir
 from pipeline.sections import Arm, Train
-from stage2_student import checkpoint
-from stage2_student.arms import ArmPlan, claimed
+from stage2_student import checkpoint, coverage
+from stage2_student.arms import ArmPlan, alignment_of, claimed
 from stage2_student.batches import Batch, Collator, Usable, usable_rows
 from stage2_student.metrics import MetricsLog
 from stage2_student.order import batch_indices, rank_slice, seed_of
 from stage2_student.student import Student
 
-COMPONENTS = ("ce", "logit_mse", "kl")
+COMPONENTS = ("ce", "logit_mse", "kl", "uld")
 
 
 def train(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan]) -> None:
@@ -43,7 +44,7 @@ def train(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan]) -> None:
     for _, group in groupby(arms, key=lambda arm: arm.student.name):
         of_student = list(group)
         plan = of_student[0].student
-        student = Student(plan.source, recipe.students[plan.name], recipe.train.seed, accelerator.device)
+        student = Student(plan.source, recipe.students[plan.name], of_student[0].run.seed, accelerator.device)
         with progress(f"{plan.name} lengths", len(reader), "examples") if main else nullcontext() as bar:
             usable = usable_rows(reader, plan.prompts, student.window, bar.advance if bar is not None else None)
         accelerator.print(
@@ -52,8 +53,13 @@ def train(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan]) -> None:
             f"than the student's window of {student.window}",
             flush=True,
         )
+        if main and any(recipe.arms[arm.run.arm].uld > 0 for arm in of_student):
+            with progress(f"{plan.name} alignment", len(reader), "examples") as bar:
+                covered = coverage.measure(reader, plan.prompts, bar.advance)
+            coverage.save(RunDir.of(recipe).alignment(plan.name), covered, reader, plan.prompts)
+            print(f"{plan.name}: {coverage.summary(covered)}", flush=True)
         for arm in of_student:
-            train_arm(accelerator, student, arm, recipe.arms[arm.name], recipe.train, reader, usable)
+            train_arm(accelerator, student, arm, recipe.arms[arm.run.arm], recipe.train, reader, usable)
 
 
 def train_arm(
@@ -71,8 +77,9 @@ def train_arm(
     """
     rank, ranks, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     weights = {name: getattr(losses, name) for name in COMPONENTS if getattr(losses, name) > 0}
-    collator = Collator(reader, arm.student.prompts, student.vocab_size, losses)
-    student.reset()
+    alignment, seed = alignment_of(losses, settings), arm.run.seed
+    collator = Collator(reader, arm.student.prompts, student.vocab_size, losses, alignment)
+    student.reset(seed)
     gradients = flat_gradients(student.parameters.values())
     optimizer = torch.optim.AdamW(student.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
     done = 0
@@ -81,7 +88,7 @@ def train_arm(
 
     def load(step: int) -> list[Batch]:
         """This process's micro-batches of a step: a pure function of the step, so it can run ahead in a thread."""
-        batch = batch_indices(step, settings.batch_size, len(usable.rows), settings.seed)
+        batch = batch_indices(step, settings.batch_size, len(usable.rows), seed)
         mine = rank_slice(batch.tolist(), rank, ranks)
         return collator.read([usable.rows[i] for i in mine], settings.micro_batch_size)
 
@@ -105,7 +112,7 @@ def train_arm(
             gradients.zero_()
             parts = []
             for micro, batch in enumerate(batches):
-                torch.manual_seed(seed_of("dropout", settings.seed, step, micro, rank))
+                torch.manual_seed(seed_of("dropout", seed, step, micro, rank))
                 parts.append(student.backward(batch.to(accelerator.device), weights, valid, losses.temperature))
             means = torch.stack(parts).sum(0) if parts else gradients.new_zeros(len(weights))
 
@@ -128,7 +135,9 @@ def train_arm(
                 tokens_per_s = valid["tokens"] / (time.perf_counter() - started)
                 log.write(
                     {"step": step + 1, "loss": loss, **components, "lr": lr, "grad_norm": grad_norm}
-                    | {"positions": valid["ce"], "tokens": valid["tokens"], "tokens_per_s": tokens_per_s}
+                    | {"positions": valid["ce"]}
+                    | ({"aligned": valid["uld"]} if "uld" in weights else {})
+                    | {"tokens": valid["tokens"], "tokens_per_s": tokens_per_s}
                 )
                 bar.advance(1, note=f"loss {loss:.4f} lr {lr:.2e} norm {grad_norm:.2f} {tokens_per_s:,.0f} tok/s")
                 if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:

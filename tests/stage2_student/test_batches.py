@@ -36,7 +36,7 @@ def test_every_answer_token_is_read_one_place_before_it(tmp_path: Path) -> None:
     reader, prompts = opened(tmp_path), prompts_of(tmp_path / "model")
     rows = reader.read([3, 0, 20])
     for padding in ("right", "left"):
-        batch = Collator(reader, prompts, 320, DISTILL).collate(rows, padding)
+        batch = Collator(reader, prompts, 320, DISTILL, "boundary").collate(rows, padding)
         flat = batch.input_ids_BL.flatten()
         following = torch.cat([flat[1:], flat[:1]])
         first = torch.tensor(np.cumsum([0] + [len(row.answer_ids) for row in rows[:-1]]))
@@ -61,7 +61,9 @@ def test_teacher_rows_lie_beside_their_labels(tmp_path: Path) -> None:
 
     reader = opened(tmp_path, edit, cache={"temperatures": [1.0, 2.0]})
     rows = reader.read([5, 1])
-    batch = Collator(reader, prompts_of(tmp_path / "model"), 320, Arm(kl=1.0, temperature=2.0)).collate(rows)
+    batch = Collator(reader, prompts_of(tmp_path / "model"), 320, Arm(kl=1.0, temperature=2.0), "boundary").collate(
+        rows
+    )
     teacher = batch.teacher
     n = len(rows[0].answer_ids)
     assert torch.equal(teacher.logits_NK[n:], torch.from_numpy(rows[1].logits))
@@ -69,25 +71,30 @@ def test_teacher_rows_lie_beside_their_labels(tmp_path: Path) -> None:
     assert torch.equal(teacher.logsumexp_N[n:], torch.from_numpy(rows[1].logsumexp[:, 1]))
     assert torch.equal(teacher.log_tail_N[:n], torch.from_numpy(rows[0].log_tail[:, 1]))
     assert (~teacher.usable_N).nonzero().squeeze(1).tolist() == [2, n + 2]
-    counts = batch.counts()
-    assert counts == {
+    usable = len(batch.labels_N) - 2
+    assert batch.counts() == {
         "tokens": int(batch.attention_mask_BL.sum()),
         "ce": len(batch.labels_N),  # the text of a quarantined position is known all the same
-        "logit_mse": len(batch.labels_N) - 2,
-        "kl": len(batch.labels_N) - 2,
+        **dict.fromkeys(("logit_mse", "kl", "uld"), usable),
     }
 
 
-def test_text_alone_is_read_without_teacher_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arm", "columns"), [(Arm(ce=1.0), "text"), (Arm(ce=1.0, uld=0.5), "ranked"), (Arm(uld=0.5, kl=0.1), "all")]
+)
+def test_only_what_the_losses_need_is_read(tmp_path: Path, arm: Arm, columns: str) -> None:
     reader = opened(tmp_path)
-    (batch,) = Collator(reader, prompts_of(tmp_path / "model"), 320, Arm(ce=1.0)).read([0, 1], 4)
-    assert batch.teacher is None and len(batch.example_ids) == 2
-    assert {key[2].value for key in reader._groups} == {"text"}
+    (batch,) = Collator(reader, prompts_of(tmp_path / "model"), 320, arm, "boundary").read([0, 1], 4)
+    assert len(batch.example_ids) == 2
+    assert {key[2].value for key in reader._groups} == {columns}
+    assert (batch.teacher is None) == (columns == "text")
+    if batch.teacher is not None:
+        assert (batch.teacher.ids_NK is None) == (columns == "ranked")
 
 
 def test_micro_batches_keep_the_order_and_may_be_none(tmp_path: Path) -> None:
     reader = opened(tmp_path)
-    collator = Collator(reader, prompts_of(tmp_path / "model"), 320, DISTILL)
+    collator = Collator(reader, prompts_of(tmp_path / "model"), 320, DISTILL, "boundary")
     batches = collator.read([4, 2, 9, 7, 0], 2)
     assert [len(b.example_ids) for b in batches] == [2, 2, 1]
     assert [i for b in batches for i in b.example_ids] == [row.example_id for row in reader.read([4, 2, 9, 7, 0])]
@@ -98,15 +105,15 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     reader = opened(tmp_path)
     toys.tiny_tokenizer(tmp_path / "other", vocab_size=300)
     with pytest.raises(ModelError, match=r"other \(sha256 \w{12}\) is not the one that the cache was made with"):
-        Collator(reader, prompts_of(tmp_path / "other"), 320, DISTILL)
-    Collator(reader, prompts_of(tmp_path / "other"), 320, Arm(ce=1.0))  # text alone suits any tokenizer
+        Collator(reader, prompts_of(tmp_path / "other"), 320, DISTILL, "boundary")
+    Collator(reader, prompts_of(tmp_path / "other"), 320, Arm(ce=1.0, uld=1.0), "boundary")  # these suit any tokenizer
 
 
 def test_other_answer_tokens_are_named(tmp_path: Path) -> None:
     """The same tokenizer, but a chat template has come: its turns end otherwise and have no space in front."""
     reader = opened(tmp_path)
     toys.tiny_tokenizer(tmp_path / "chat", chat=True)
-    collator = Collator(reader, prompts_of(tmp_path / "chat"), 320, DISTILL)
+    collator = Collator(reader, prompts_of(tmp_path / "chat"), 320, DISTILL, "boundary")
     with pytest.raises(ModelError) as error:
         collator.read([6], 2)
     row = reader.read([6])[0]
@@ -118,7 +125,7 @@ def test_other_answer_tokens_are_named(tmp_path: Path) -> None:
 
 def test_a_shorter_answer_is_named(tmp_path: Path) -> None:
     reader = opened(tmp_path)
-    collator = Collator(reader, prompts_of(tmp_path / "model"), 320, DISTILL)
+    collator = Collator(reader, prompts_of(tmp_path / "model"), 320, DISTILL, "boundary")
     row = reader.read([0])[0]
     with pytest.raises(ModelError, match=r"the student has nothing \(it is shorter\), the cache has 0 '<\|eos\|>'"):
         collator._check_answer(row, row.answer_ids.tolist()[:-1])
@@ -130,8 +137,8 @@ def test_a_vocabulary_too_small_for_the_cache_is_refused(tmp_path: Path) -> None
         with pytest.raises(
             ModelError, match=rf"the top 310 of 320 logits, but the student's vocabulary has {size} ids"
         ):
-            Collator(reader, prompts, size, DISTILL)
-    collator = Collator(reader, prompts, 311, DISTILL)
+            Collator(reader, prompts, size, DISTILL, "boundary")
+    collator = Collator(reader, prompts, 311, DISTILL, "boundary")
     with pytest.raises(ModelError, match=r"example train/gsm8k-\d+: the cache has token id 31\d, .* ends at 310;"):
         collator.read([0], 1)
 

@@ -84,7 +84,7 @@ def setting(tmp_path: Path, dtype: str, count: int = 5, **overrides: Any) -> Set
     reader = CacheReader.open(toys.fill_cache(recipe), expect=experiment.identity)
     student = Student(experiment.teacher_source, recipe.students["toy"], 0, torch.device("cpu"))
     prompts = WithShots(experiment.teacher_tokenizer, recipe.teacher.thinking)
-    collator = Collator(reader, prompts, student.vocab_size, ARM)
+    collator = Collator(reader, prompts, student.vocab_size, ARM, "boundary")
     return Setting(recipe, reader.read(range(count)), collator, student)
 
 

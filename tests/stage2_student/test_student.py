@@ -20,8 +20,8 @@ from stage2_student.batches import Batch, Collator
 from stage2_student.student import Student
 from stage2_student.train import flat_gradients
 
-ALL_LOSSES = Arm(ce=1.0, logit_mse=0.5, kl=0.7)
-WEIGHTS = {"ce": 1.0, "logit_mse": 0.5, "kl": 0.7}
+ALL_LOSSES = Arm(ce=1.0, logit_mse=0.5, kl=0.7, uld=0.9)
+WEIGHTS = {"ce": 1.0, "logit_mse": 0.5, "kl": 0.7, "uld": 0.9}
 CPU = torch.device("cpu")
 
 
@@ -36,7 +36,7 @@ def made(tmp_path: Path, **lora: Any) -> tuple[Student, Collator]:
     with torch.no_grad():
         for parameter in student.parameters.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return student, Collator(reader, experiment.teacher_prompts, student.vocab_size, ALL_LOSSES)
+    return student, Collator(reader, experiment.teacher_prompts, student.vocab_size, ALL_LOSSES, "boundary")
 
 
 def plain_gradients(student: Student, batch: Batch) -> tuple[list[float], list[Tensor]]:
@@ -44,12 +44,14 @@ def plain_gradients(student: Student, batch: Batch) -> tuple[list[float], list[T
     logits_BLV = student.model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
     logits_NV, teacher = logits_BLV.flatten(0, 1)[batch.read_at_N], batch.teacher
     assert teacher is not None
-    common = (teacher.logits_NK, teacher.ids_NK)
+    ranks, ids_NK, usable = teacher.logits_NK, teacher.ids_NK, int(teacher.usable_N.sum())
+    rest = (teacher.logsumexp_N, teacher.log_tail_N, teacher.usable_N, 1.0)
+    assert ids_NK is not None
     means = [
         losses.cross_entropy(logits_NV, batch.labels_N) / len(batch.labels_N),
-        losses.logit_mse(logits_NV, *common, teacher.usable_N) / int(teacher.usable_N.sum()),
-        losses.kl(logits_NV, *common, teacher.logsumexp_N, teacher.log_tail_N, teacher.usable_N, 1.0)
-        / int(teacher.usable_N.sum()),
+        losses.logit_mse(logits_NV, ranks, ids_NK, teacher.usable_N) / usable,
+        losses.kl(logits_NV, ranks, ids_NK, *rest) / usable,
+        losses.uld(logits_NV, ranks, *rest) / usable,
     ]
     total = sum(weight * mean for weight, mean in zip(WEIGHTS.values(), means, strict=True))
     return [mean.item() for mean in means], list(torch.autograd.grad(total, list(student.parameters.values())))
@@ -92,17 +94,22 @@ def test_gradients_are_views_of_one_vector(tmp_path: Path) -> None:
 
 
 def test_every_arm_begins_as_the_base_model(tmp_path: Path) -> None:
+    """From the same adapter, whatever was trained before; with another seed, from another."""
     student, _ = made(tmp_path)
-    fresh, _ = made(tmp_path)
-    assert not all(torch.equal(p, student._initial[n]) for n, p in student.parameters.items())
-    student.reset()
-    for name, parameter in student.parameters.items():
-        assert torch.equal(parameter, fresh._initial[name])
-        assert (parameter == 0).all() == ("lora_B" in name)
+    base = locate(str(tmp_path / "model"))
+    settings = StudentRecipe(model=str(tmp_path / "model"), dtype="float32", lora=Lora(r=4, alpha=8))
+    drawn = {}
+    for seed in (0, 1):
+        student.reset(seed)
+        drawn[seed] = {name: p.detach().clone() for name, p in student.parameters.items()}
+        for name, parameter in Student(base, settings, seed, CPU).parameters.items():
+            assert torch.equal(drawn[seed][name], parameter)
+            assert (parameter == 0).all() == ("lora_B" in name)
+    assert all(torch.equal(drawn[0][n], drawn[1][n]) == ("lora_B" in n) for n in drawn[0])
     ids = torch.arange(12)[None]
     with student.model.disable_adapter():
-        base = student.model(input_ids=ids).logits
-    assert torch.equal(student.model(input_ids=ids).logits, base)
+        untouched = student.model(input_ids=ids).logits
+    assert torch.equal(student.model(input_ids=ids).logits, untouched)
 
 
 def test_only_the_adapter_is_trained_and_it_is_float32(tmp_path: Path) -> None:

@@ -282,6 +282,7 @@ def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Pat
         shots = experiment.training_set.shots.of(example)
         encoded = experiment.teacher_prompts.encode(example.prompt, example.answer, shots)
         logits_NV = answer_logits(model, encoded)
+        numbers = top_k(logits_NV, cache.top_k, cache.temperatures)
         row = CacheRow(
             example_id=example.id,
             task=example.task,
@@ -291,7 +292,7 @@ def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Pat
             answer_start=encoded.answer_start,
             answer_offsets=np.array(encoded.answer_offsets, np.int32),
             status=np.zeros(len(logits_NV), np.uint8),
-            **top_k(logits_NV, cache.top_k, cache.temperatures),
+            **(numbers if cache.store_ids else numbers | {"token_ids": None}),
         )
         rows.append(edit(row))
     for shard in writer.missing():

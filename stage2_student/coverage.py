@@ -1,0 +1,121 @@
+"""How many of a student's answer positions have a teacher: by task, in both alignments. Loads no model.
+
+Called by `python -m stage2_student --alignment`, and by `train` before an arm that aligns. It reads where the teacher's
+tokens lie in each answer, and none of its numbers.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from cache_schema.reader import CacheReader
+from cache_schema.schema import ALIGNMENT, Status
+from pipeline.alignment import NONE
+from pipeline.models import tokenizer_digest
+from pipeline.prompts import PromptBuilder
+from pipeline.sections import Alignment
+from stage2_student.batches import aligned_rows, has_teachers_tokenizer
+from stage2_student.checkpoint import storage_errors, write_whole
+
+MODES: tuple[Alignment, ...] = get_args(Alignment)
+
+
+@dataclass
+class Coverage:
+    """Counts of answer positions of the student, end-of-sequence included."""
+
+    examples: int = 0
+    positions: int = 0
+    aligned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))  # those that have a row
+    quarantined: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(MODES, 0)
+    )  # of these, whose row is not usable
+
+    def __add__(self, other: "Coverage") -> "Coverage":
+        def both(mine: Mapping[str, int], theirs: Mapping[str, int]) -> dict[str, int]:
+            return {mode: mine[mode] + theirs[mode] for mode in MODES}
+
+        return Coverage(
+            self.examples + other.examples,
+            self.positions + other.positions,
+            both(self.aligned, other.aligned),
+            both(self.quarantined, other.quarantined),
+        )
+
+    def taught(self, mode: Alignment) -> float:
+        """The share of positions that have a usable row, in per cent."""
+        return 100 * (self.aligned[mode] - self.quarantined[mode]) / max(1, self.positions)
+
+    def lost(self, mode: Alignment) -> float:
+        """The share of positions that would have one, were it not quarantined, in per cent."""
+        return 100 * self.quarantined[mode] / max(1, self.positions)
+
+
+def measure(
+    reader: CacheReader, prompts: PromptBuilder, report: Callable[[], None] = lambda: None
+) -> dict[str, Coverage]:
+    """Task -> its coverage over all rows of the cache, in the order of their first rows. `report`: after each row."""
+    same_tokenizer = has_teachers_tokenizer(prompts, reader.manifest)
+    tasks: dict[str, Coverage] = {}
+    for row in reader.rows(ALIGNMENT):
+        counts = tasks.setdefault(row.task, Coverage())
+        encoded = prompts.encode("", row.answer)  # an answer has the same tokens after any prompt
+        counts.examples += 1
+        counts.positions += len(encoded.answer_ids)
+        for mode in MODES:
+            at = aligned_rows(row, encoded, mode, same_tokenizer)
+            at = at[at != NONE]
+            counts.aligned[mode] += len(at)
+            counts.quarantined[mode] += int((row.status[at] != Status.USABLE).sum())
+        report()
+    return tasks
+
+
+def total(tasks: Mapping[str, Coverage]) -> Coverage:
+    """Over all tasks."""
+    return sum(tasks.values(), Coverage())
+
+
+def save(path: Path, tasks: Mapping[str, Coverage], reader: CacheReader, prompts: PromptBuilder) -> None:
+    """Write the counts as JSON, with the cache and the tokenizer that they are of. Raises RunError."""
+    content: dict[str, Any] = {
+        "cache": reader.manifest.fingerprint,
+        "tokenizer_sha256": tokenizer_digest(prompts.tokenizer),
+        "tasks": {name: asdict(counts) for name, counts in tasks.items()},
+    }
+    with storage_errors(path, "writing the alignment report"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def summary(tasks: Mapping[str, Coverage]) -> str:
+    """One line: `81.3 % of 12,345 answer positions have a teacher position (boundary), ...`."""
+    every = total(tasks)
+    shares = ", ".join(f"{every.taught(mode):.1f} % by {mode}" for mode in MODES)
+    lost = " and ".join(f"{every.lost(mode):.1f} %" for mode in MODES)
+    return f"of {every.positions:,} answer positions {shares} have a teacher; {lost} more have a quarantined one"
+
+
+def table(students: Mapping[str, Mapping[str, Coverage]]) -> str:
+    """Student -> task -> coverage, as a Markdown table."""
+    lines: list[Sequence[str]] = [
+        ("student", "task", "examples", "positions", *(f"{mode}, %" for mode in MODES), "quarantined, %")
+    ]
+    for student, tasks in students.items():
+        rows = [*tasks.items(), *([("all", total(tasks))] if len(tasks) > 1 else [])]
+        for task, counts in rows:
+            shares = [f"{counts.taught(mode):.1f}" for mode in MODES]
+            lost = " / ".join(f"{counts.lost(mode):.1f}" for mode in MODES)
+            lines.append((student, task, f"{counts.examples:,}", f"{counts.positions:,}", *shares, lost))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def drawn(line: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = "|".join(["", *("-" * (w + 2) if i < 2 else "-" * (w + 1) + ":" for i, w in enumerate(widths)), ""])
+    return "\n".join([drawn(lines[0]), rule, *map(drawn, lines[1:])])
