@@ -1,4 +1,4 @@
-"""The flan-uld recipe on real rows of all ten tasks with the real tokenizers, and small models of the true vocabularies.
+"""The flan-uld recipe on real rows of all ten tasks with real tokenizers, and small models of the true vocabularies.
 
     python benchmarks/real_uld.py --data FOLDER [--work FOLDER] [--rows 2000] [--steps 4] [--eval 4] [--unseen]
 
