@@ -67,6 +67,7 @@ def main() -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
+    os.close(null)
     sys.set_int_max_str_digits(0)
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))

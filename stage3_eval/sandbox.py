@@ -27,6 +27,7 @@ from stage3_eval import syscalls
 _MB = 2**20
 _FOLDER_BYTES = 16 * _MB  # of the writable folder, and of one file in it
 _MAX_OUTPUT_BYTES = _MB
+_START_S = 60.0
 _READY = b'"ready"\n'
 _FOLDER = "/tmp"  # noqa: S108 (in the sandbox, where nobody else is)
 _SYSTEM = ("/lib", "/lib32", "/lib64", "/bin", "/sbin")  # links into /usr on most systems, folders on some
@@ -78,13 +79,13 @@ def run(code: Sequence[str], expressions: Sequence[str], limits: Limits, given: 
             with subprocess.Popen(
                 command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, pass_fds=(filter_fd,)
             ) as process:
-                output, timed_out = _read(process, time.monotonic() + limits.timeout_s)
+                output, timed_out = _read(process, limits.timeout_s)
             stderr.seek(0)
             said = stderr.read(2000).decode(errors="replace").strip()
     finally:
         os.close(filter_fd)
     if not output.startswith(_READY):
-        why = f"nothing after {limits.timeout_s:g} s" if timed_out else said or f"exit code {process.returncode}"
+        why = f"not ready after {_START_S:g} s" if timed_out else said or f"exit code {process.returncode}"
         raise RunError(
             f"the sandbox for programs cannot be started: {why}. bubblewrap must work for this user: try "
             "bwrap --unshare-user --ro-bind / / true (an old kernel or AppArmor may forbid user namespaces)"
@@ -96,7 +97,7 @@ def run(code: Sequence[str], expressions: Sequence[str], limits: Limits, given: 
 @lru_cache(maxsize=1)
 def check() -> None:
     """Raise RunError where no sandbox can be had. Starts one, once."""
-    run([], [], Limits(timeout_s=60, memory_mb=512))
+    run([], [], Limits(timeout_s=10, memory_mb=512))
 
 
 def describe(limits: Limits) -> dict[str, Any]:
@@ -168,10 +169,14 @@ def _inside() -> str:
     return Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
 
 
-def _read(process: "subprocess.Popen[bytes]", deadline: float) -> tuple[bytes, bool]:
-    """Output until it ends, is too long, or the time is up; then everything in the sandbox is killed."""
+def _read(process: "subprocess.Popen[bytes]", timeout_s: float) -> tuple[bytes, bool]:
+    """Output until it ends, is too long, or the time is up; then everything in the sandbox is killed.
+
+    The program's time starts when it is ready: how long a busy machine takes to start it is not its fault.
+    """
     assert process.stdout is not None
-    output = bytearray()
+    output, running = bytearray(), False
+    deadline = time.monotonic() + _START_S
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)
     try:
@@ -184,6 +189,8 @@ def _read(process: "subprocess.Popen[bytes]", deadline: float) -> tuple[bytes, b
                 process.wait(max(0.1, deadline - time.monotonic()))  # its own exit code, if it has one to give
                 break
             output += chunk
+            if not running and output.startswith(_READY):
+                running, deadline = True, time.monotonic() + timeout_s
     except subprocess.TimeoutExpired:
         pass  # it closed its output and goes on: there is nothing to wait for
     finally:
