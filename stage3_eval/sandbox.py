@@ -186,13 +186,10 @@ def _read(process: "subprocess.Popen[bytes]", timeout_s: float) -> tuple[bytes, 
                 return bytes(output), True
             chunk = os.read(process.stdout.fileno(), 65536)
             if not chunk:
-                process.wait(max(0.1, deadline - time.monotonic()))  # its own exit code, if it has one to give
-                break
+                break  # bwrap holds this pipe too, so all of it has ended
             output += chunk
             if not running and output.startswith(_READY):
                 running, deadline = True, time.monotonic() + timeout_s
-    except subprocess.TimeoutExpired:
-        pass  # it closed its output and goes on: there is nothing to wait for
     finally:
         process.kill()  # bwrap alone: all else dies with it
     return bytes(output), False

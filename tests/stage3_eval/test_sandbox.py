@@ -161,23 +161,20 @@ def test_limits_cannot_be_raised():
 
 
 @pytest.mark.parametrize(
-    ("code", "timed_out"),
+    "code",
     [
-        ("while True: pass", True),
-        ("import time; time.sleep(10**6)", True),
-        (
-            "import signal\nfor s in {*range(1, 32)} - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\nwhile 1: pass",
-            True,
-        ),
-        ("import os, time; os.closerange(0, 64); time.sleep(10**6)", False),  # its answers end, it does not
-        ("9 ** 9 ** 9", True),
+        "while True: pass",
+        "import time; time.sleep(10**6)",
+        "import signal\nfor s in {*range(1, 32)} - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+        "import os, time; os.closerange(0, 64); time.sleep(10**6)",
+        "9 ** 9 ** 9",
     ],
 )
-def test_time_is_up(code, timed_out, monkeypatch, tmp_path):
+def test_time_is_up(code, monkeypatch, tmp_path):
     mark = f"# {tmp_path}"
     inside = sandbox._inside()
     monkeypatch.setattr(sandbox, "_inside", lambda: inside + mark)
-    assert run([code], ["1"], BRIEF) == Ran((), timed_out)
+    assert run([code], ["1"], BRIEF) == Ran((), timed_out=True)
     assert _running(mark) == []
 
 
