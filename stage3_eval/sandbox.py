@@ -13,12 +13,12 @@ import select
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from pipeline.errors import RunError
@@ -30,6 +30,7 @@ _MAX_OUTPUT_BYTES = _MB
 _START_S = 60.0
 _READY = b'"ready"\n'
 _FOLDER = "/tmp"  # noqa: S108 (in the sandbox, where nobody else is)
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "HOME": _FOLDER}
 _SYSTEM = ("/lib", "/lib32", "/lib64", "/bin", "/sbin")  # links into /usr on most systems, folders on some
 
 
@@ -55,35 +56,21 @@ def run(code: Sequence[str], expressions: Sequence[str], limits: Limits, given: 
     given: names for the expressions -> answers of an earlier run. A program that writes more than a megabyte of answers
     is stopped, and has none. Raises RunError where the sandbox itself cannot be started.
     """
-    request = {
-        "limits": {
-            "RLIMIT_AS": limits.memory_mb * _MB,
-            "RLIMIT_CPU": math.ceil(limits.timeout_s) + 1,
-            "RLIMIT_NPROC": 0,
-            "RLIMIT_FSIZE": _FOLDER_BYTES,
-            "RLIMIT_NOFILE": 64,
-            "RLIMIT_CORE": 0,
-        },
-        "code": list(code),
-        "given": dict(given or {}),
-        "expressions": list(expressions),
-    }
-    filter_fd = os.memfd_create("filter")
-    try:
-        os.write(filter_fd, syscalls.program())
-        os.lseek(filter_fd, 0, os.SEEK_SET)
-        with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
-            stdin.write(json.dumps(request).encode())
-            stdin.seek(0)
-            command = [*_command(filter_fd), _inside()]
-            with subprocess.Popen(
-                command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, pass_fds=(filter_fd,)
-            ) as process:
-                output, timed_out = _read(process, limits.timeout_s)
-            stderr.seek(0)
-            said = stderr.read(2000).decode(errors="replace").strip()
-    finally:
-        os.close(filter_fd)
+    request = {"limits": _resources(limits), "code": code, "given": given or {}, "expressions": expressions}
+    with TemporaryFile() as stdin, TemporaryFile() as stderr, TemporaryFile() as refused:
+        for file, content in ((stdin, json.dumps(request).encode()), (refused, syscalls.program())):
+            file.write(content)
+            file.seek(0)
+        with subprocess.Popen(
+            [*_command(refused.fileno()), _inside()],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            pass_fds=(refused.fileno(),),
+        ) as process:
+            output, timed_out = _read(process, limits.timeout_s)
+        stderr.seek(0)
+        said = stderr.read(2000).decode(errors="replace").strip()
     if not output.startswith(_READY):
         why = f"not ready after {_START_S:g} s" if timed_out else said or f"exit code {process.returncode}"
         raise RunError(
@@ -134,34 +121,23 @@ def _command(filter_fd: int) -> list[str]:
         seen += ["--ro-bind", sys.base_prefix, sys.base_prefix]
     return [
         *[_bwrap(), "--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"],
-        *[
-            "--clearenv",
-            "--setenv",
-            "PYTHONHASHSEED",
-            "0",
-            "--setenv",
-            "LC_ALL",
-            "C.UTF-8",
-            "--setenv",
-            "HOME",
-            _FOLDER,
-        ],
-        *seen,
-        *[
-            "--dev",
-            "/dev",
-            "--remount-ro",
-            "/dev",
-            "--size",
-            str(_FOLDER_BYTES),
-            "--tmpfs",
-            _FOLDER,
-            "--chdir",
-            _FOLDER,
-        ],
-        *["--remount-ro", "/", "--seccomp", str(filter_fd)],
+        *["--clearenv", *(part for pair in _ENVIRONMENT.items() for part in ("--setenv", *pair)), *seen],
+        *["--dev", "/dev", "--remount-ro", "/dev", "--size", str(_FOLDER_BYTES), "--tmpfs", _FOLDER],
+        *["--remount-ro", "/", "--chdir", _FOLDER, "--seccomp", str(filter_fd)],
         *["--", python, "-s", "-S", "-P", "-B", "-c"],
     ]
+
+
+def _resources(limits: Limits) -> dict[str, int]:
+    """What the process takes upon itself before it runs any code that is not ours."""
+    return {
+        "RLIMIT_AS": limits.memory_mb * _MB,
+        "RLIMIT_CPU": math.ceil(limits.timeout_s) + 1,
+        "RLIMIT_NPROC": 0,
+        "RLIMIT_FSIZE": _FOLDER_BYTES,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+    }
 
 
 @lru_cache(maxsize=1)

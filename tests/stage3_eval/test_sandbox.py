@@ -178,6 +178,21 @@ def test_time_is_up(code, monkeypatch, tmp_path):
     assert _running(mark) == []
 
 
+def test_it_dies_with_us(tmp_path):
+    """Even where we are killed and can clean up nothing."""
+    mark = f"# {tmp_path}"
+    ours = (
+        "import sys; from stage3_eval import sandbox; text = sandbox._inside() + sys.argv[1]; "
+        "sandbox._inside = lambda: text; sandbox.run(['while True: pass'], [], sandbox.Limits(10**6, 256))"
+    )
+    with subprocess.Popen([sys.executable, "-c", ours, mark]) as process:
+        while len(subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()) < 3:
+            time.sleep(0.05)  # we, bwrap and the program
+            assert process.poll() is None
+        process.kill()
+    assert _running(mark) == []
+
+
 def _running(mark: str) -> list[str]:
     """Processes with the mark in their command line, if they do not end soon: one that is killed needs a moment."""
     for _ in range(50):
