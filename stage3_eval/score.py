@@ -8,7 +8,7 @@ answer.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.errors import RunError
+from pipeline.errors import RunError, unknown_name
 from pipeline.sections import Metrics
 from pipeline.tasks import Example, Task, get_task
 from stage3_eval.compare import Measured
@@ -34,14 +34,6 @@ class Scores:
     @property
     def n(self) -> int:
         return len(self.ids)
-
-    @property
-    def values(self) -> dict[str, tuple[float, ...]]:
-        return {metric: found.values for metric, found in self.measured.items()}
-
-    @property
-    def unparsable(self) -> dict[str, int]:
-        return {metric: found.unparsable for metric, found in self.measured.items()}
 
 
 def score(
@@ -75,16 +67,18 @@ def score(
 def _measured(
     task: Task, examples: Sequence[Example], answers: Sequence[Prediction], settings: Metrics
 ) -> dict[str, Measured]:
-    """Every metric of the task, its own first asked."""
+    """Every metric of the task, in its order: those of `stage3_eval.metrics`, the others by the task's own score."""
     pairs = zip(answers, examples, strict=True)
     rows = [task.score(answer.prediction, example) for answer, example in pairs] if task.score else []
     measured = {}
     for name in task.metrics:
         if name in METRICS:
             measured[name] = metric_module(name).measure(name, examples, answers, settings)
-        else:
+        elif rows and name in rows[0]:
             values = [row[name] for row in rows]
             measured[name] = Measured(tuple(float(v or 0.0) for v in values), sum(v is None for v in values))
+        else:
+            raise RunError(f"task {task.name}: {unknown_name('metric', name, [*METRICS, *(rows[0] if rows else ())])}")
     return measured
 
 

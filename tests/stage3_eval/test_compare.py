@@ -6,12 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stage3_eval.compare import (
+    Corpus,
+    Measured,
     difference,
     estimate,
     holm,
     is_binary,
     mcnemar,
     newcombe_paired,
+    over_seeds,
     paired_bootstrap,
     wilson,
 )
@@ -64,6 +67,7 @@ def test_difference_counts_pairs():
     found = difference(a, b)
     assert (found.n, found.better, found.worse, found.test) == (100, 15, 5, "exact McNemar")
     assert found.mean == pytest.approx(0.10)
+    assert found.standard_error == pytest.approx(np.std(np.array(a) - b) / 10)
     assert found.p == pytest.approx(0.0414, abs=5e-5)  # 2 * P(X <= 5), X ~ B(20, 1/2)
     assert found.low < 0.10 < found.high
 
@@ -91,6 +95,7 @@ def test_the_paired_bootstrap_sees_what_pairs_share():
     assert found.test == "paired bootstrap"
     assert 0.02 < found.low < 0.03 < found.high < 0.04  # unpaired, the interval would be +-0.04 wide
     assert found.p == pytest.approx(2 / 10_001)
+    assert found.standard_error == pytest.approx(0.02 / np.sqrt(300), rel=0.15)
     assert difference(better.tolist(), hard.tolist()) == found  # seeded
     unrelated = difference(rng.permutation(hard).tolist(), hard.tolist())
     assert unrelated.p > 0.5
@@ -125,3 +130,82 @@ def test_holm_never_helps(p_values):
     assert all(p <= a <= 1.0 for p, a in pairs)
     assert [a for _, a in pairs] == sorted(adjusted)  # the order of the evidence stays
     assert pairs[0][1] == min(1.0, len(pairs) * pairs[0][0])
+
+
+def test_measured_values_are_values():
+    values = (0.0, 1.0, 1.0)
+    assert estimate(Measured(values, unparsable=1)) == estimate(values)
+    assert difference(Measured(values), (1.0, 1.0, 0.0)) == difference(values, (1.0, 1.0, 0.0))
+
+
+def counts(n, share, seed):
+    """A corpus score that is a ratio of sums: right words of all words, answers of 1 to 30 words."""
+    rng = np.random.default_rng(seed)
+    words = np.random.default_rng(99).integers(1, 31, n)  # the same texts for every system
+    right = rng.binomial(words, share)
+    corpus = Corpus(np.stack([right, words], 1).astype(float), lambda total: float(total[0] / total[1]))
+    return Measured(tuple(right / words), corpus=corpus)
+
+
+def test_a_corpus_score_is_of_the_sums_and_its_error_the_deltas():
+    """Against the delta method for a ratio of sums: sqrt(sum (right - score * words)^2) / sum words."""
+    measured = counts(400, 0.6, 1)
+    assert measured.corpus is not None
+    right, words = measured.corpus.statistics.T
+    found = estimate(measured)
+    assert found.mean == right.sum() / words.sum()
+    assert found.mean != pytest.approx(np.mean(measured.values), abs=1e-4)
+    by_delta = np.sqrt(((right - found.mean * words) ** 2).sum()) / words.sum()
+    assert found.standard_error == pytest.approx(by_delta, rel=0.03)
+    assert (found.low, found.high) == pytest.approx(
+        (found.mean - 1.96 * by_delta, found.mean + 1.96 * by_delta), abs=0.002
+    )
+
+
+def test_corpus_scores_are_compared_on_the_same_draws():
+    a, b = counts(400, 0.6, 1), counts(400, 0.55, 2)
+    assert a.corpus is not None
+    assert b.corpus is not None
+    found = difference(a, b)
+    assert (found.n, found.test) == (400, "paired bootstrap of the corpus")
+    assert found.mean == estimate(a).mean - estimate(b).mean
+    assert found.better == sum(x > y for x, y in zip(a.values, b.values, strict=True))
+    words = a.corpus.statistics[:, 1]
+    residual = (a.corpus.statistics[:, 0] - b.corpus.statistics[:, 0]) - found.mean * words
+    assert found.standard_error == pytest.approx(np.sqrt((residual**2).sum()) / words.sum(), rel=0.03)
+    assert found.low < found.mean < found.high
+    assert difference(a, b) == found
+    same = difference(a, a)
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_a_corpus_score_is_not_compared_with_a_mean():
+    with pytest.raises(ValueError, match="paired scores"):
+        difference(counts(4, 0.5, 1), (0.0, 1.0, 1.0, 0.0))
+
+
+def test_over_seeds_by_hand():
+    """t of 2 degrees of freedom is 4.3027 at 97.5 %."""
+    found = over_seeds([0.80, 0.84, 0.88], [0.01, 0.02, 0.03])
+    of_seeds = 0.04 / np.sqrt(3)
+    half = np.hypot(4.302653 * of_seeds, 1.959964 * 0.02)
+    assert (found.mean, found.values) == (pytest.approx(0.84), (0.80, 0.84, 0.88))
+    assert found.standard_error == pytest.approx(np.hypot(of_seeds, 0.02))
+    assert (found.low, found.high) == pytest.approx((0.84 - half, 0.84 + half))
+
+
+def test_over_seeds_covers_the_truth_as_often_as_it_says():
+    """Three seeds of a training whose luck and whose examples both vary, 2,000 times: 95 % of intervals hold it."""
+    rng = np.random.default_rng(4)
+    hit = 0
+    for _ in range(2000):
+        drawn = 0.02 * rng.standard_normal()  # the same examples for all seeds
+        found = over_seeds(0.7 + drawn + 0.03 * rng.standard_normal(3), [0.02] * 3)
+        hit += found.low < 0.7 < found.high
+    assert 0.94 < hit / 2000 < 0.99
+
+
+@pytest.mark.parametrize(("values", "errors"), [([0.5], [0.1]), ([0.5, 0.6], [0.1])])
+def test_one_seed_says_nothing_about_seeds(values, errors):
+    with pytest.raises(ValueError, match="two seeds or more"):
+        over_seeds(values, errors)
