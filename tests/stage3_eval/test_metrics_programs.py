@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import RunError
 from pipeline.sections import Metrics
-from pipeline.tasks import Example
+from pipeline.tasks import Example, NoOptions, get_task
 from stage3_eval.metrics import check_available, describe, metric_module
 from stage3_eval.metrics.asserts import Assertion, defined_names, imports_of, split
 from stage3_eval.metrics.programs import parses, program_of
@@ -272,10 +272,9 @@ def test_tests_are_refused_without_a_sandbox(monkeypatch, tmp_path):
 
 
 def _real(split_name):
+    """The examples of a split, as the task makes them."""
     lines = (Path(DATA) / "mbpp" / f"{split_name}.jsonl").read_text(encoding="utf-8").splitlines()
-    for row in map(json.loads, lines):
-        code, setup = row["code"].replace("\r\n", "\n"), row["test_setup_code"].replace("\r\n", "\n")
-        yield example(code, *row["test_list"], setup=setup)
+    return [get_task("mbpp").to_example(json.loads(line), i, NoOptions()) for i, line in enumerate(lines)]
 
 
 @sandboxed
@@ -290,7 +289,7 @@ def _real(split_name):
 )
 def test_real_solutions_pass_and_their_neighbours_do_not(split_name, step):
     """Every real test can be taken apart; a reference passes its own tests, and not those of the next problem."""
-    problems = list(_real(split_name))
+    problems = _real(split_name)
     module = metric_module("passes")
     assert all(module._Problem.of(problem).tests for problem in problems)
     chosen = problems[::step]
