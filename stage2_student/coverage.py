@@ -91,11 +91,11 @@ def save(path: Path, tasks: Mapping[str, Coverage], reader: CacheReader, prompts
 
 
 def summary(tasks: Mapping[str, Coverage]) -> str:
-    """One line: `81.3 % of 12,345 answer positions have a teacher position (boundary), ...`."""
+    """One line: of 2,840 answer positions have a teacher: 97.5 % by boundary, 99.9 % by index; lost to ..."""
     every = total(tasks)
     shares = ", ".join(f"{every.taught(mode):.1f} % by {mode}" for mode in MODES)
-    lost = " and ".join(f"{every.lost(mode):.1f} %" for mode in MODES)
-    return f"of {every.positions:,} answer positions {shares} have a teacher; {lost} more have a quarantined one"
+    lost = ", ".join(f"{every.lost(mode):.1f} %" for mode in MODES)
+    return f"of {every.positions:,} answer positions have a teacher: {shares}; lost to quarantine: {lost}"
 
 
 def table(students: Mapping[str, Mapping[str, Coverage]]) -> str:

@@ -9,6 +9,9 @@ through its own prompts, padding, gathering, chunks and head, its adapter as eve
 
 So a root mean square above these bounds is an off-by-one, a template, a mask or a position slip. The controls shift
 the rows by one, or drop a worked example, and must not vanish.
+
+The rank-ordered loss sees probabilities: logits off by e / T each move a probability by at most 2 e / T of itself (the
+normaliser moves too), hence an L1 distance by 2 e / T.
 """
 
 import os
@@ -35,6 +38,7 @@ from stage2_student.student import Student
 
 STEP = 2.0**-6
 ARM = Arm(logit_mse=1.0, kl=1.0)
+ULD = Arm(uld=1.0, temperature=1.2)
 
 
 class WithShots(PromptBuilder):
@@ -63,6 +67,10 @@ class Setting:
         ).tolist()
         return mse**0.5, kl
 
+    def rank_loss(self, batch: Batch) -> float:
+        """ULD at step 0, at the cache's second temperature."""
+        return self.student.backward(batch, {"uld": 1.0}, batch.counts(), ULD.temperature, None).item()
+
     @property
     def bound(self) -> float:
         """Of a logit's error, for the student's dtype."""
@@ -70,7 +78,7 @@ class Setting:
         return STEP / 2 + (1e-4 if self.recipe.students["toy"].dtype == "float32" else 2**-8 * largest)
 
 
-def setting(tmp_path: Path, dtype: str, count: int = 5, **overrides: Any) -> Setting:
+def setting(tmp_path: Path, dtype: str, count: int = 5, arm: Arm = ARM, **overrides: Any) -> Setting:
     """A cache whose teacher is the student."""
     sections: dict[str, Any] = {
         "teacher": {"dtype": dtype, "shots": 0},
@@ -84,7 +92,7 @@ def setting(tmp_path: Path, dtype: str, count: int = 5, **overrides: Any) -> Set
     reader = CacheReader.open(toys.fill_cache(recipe), expect=experiment.identity)
     student = Student(experiment.teacher_source, recipe.students["toy"], 0, torch.device("cpu"))
     prompts = WithShots(experiment.teacher_tokenizer, recipe.teacher.thinking)
-    collator = Collator(reader, prompts, student.vocab_size, ARM, "boundary")
+    collator = Collator(reader, prompts, student.vocab_size, arm, "boundary")
     return Setting(recipe, reader.read(range(count)), collator, student)
 
 
@@ -92,7 +100,8 @@ def shifted(batch: Batch) -> Batch:
     """The control: every row of the teacher one answer token too late."""
     teacher = batch.teacher
     assert teacher is not None and teacher.log_tail_N is not None
-    rolled = {name: getattr(teacher, name).roll(1, 0) for name in ("logits_NK", "ids_NK", "logsumexp_N", "log_tail_N")}
+    names = ("logits_NK", "ids_NK", "logsumexp_N", "log_tail_N")
+    rolled = {n: values.roll(1, 0) for n in names if (values := getattr(teacher, n)) is not None}
     return replace(batch, teacher=replace(teacher, **rolled))
 
 
@@ -132,6 +141,38 @@ def test_worked_examples_dropped_do_not_vanish(tmp_path: Path) -> None:
             assert error <= made.bound and abs(kl) <= made.bound / 10
         else:
             assert error > 10 * made.bound and kl > 0.1
+
+
+RANKS = {"temperatures": [1.0, 1.2], "store_ids": False}
+
+
+@pytest.mark.parametrize("alignment", ["boundary", "index"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_without_ids_cost_nothing_either(tmp_path: Path, dtype: str, alignment: str) -> None:
+    made = setting(tmp_path, dtype, arm=ULD, cache=RANKS, arms={"sft": {"ce": 1.0}, "distill": None})
+    made.collator.alignment = alignment  # type: ignore[assignment]
+    for padding in ("right", "left"):
+        batch = made.collator.collate(made.rows, padding)  # type: ignore[arg-type]
+        assert batch.counts()["uld"] == len(batch.labels_N)  # the same tokens align completely
+        loss, bound = made.rank_loss(batch), 2 * made.bound / ULD.temperature
+        assert loss <= bound, padding
+        assert made.rank_loss(shifted(batch)) > max(2 * bound, 10 * loss), padding
+
+
+def test_ranks_notice_a_dropped_worked_example(tmp_path: Path) -> None:
+    """And another temperature on one side only."""
+    made = setting(
+        tmp_path, "float32", arm=ULD, cache=RANKS, teacher={"shots": 2}, arms={"sft": {"ce": 1.0}, "distill": None}
+    )
+    shots = Experiment(made.recipe).training_set.shots.pool["gsm8k"]
+    bound = 2 * made.bound / ULD.temperature
+    for count in (2, 1, 0):
+        made.collator.prompts.shots = shots[2 - count :]  # type: ignore[attr-defined]
+        loss = made.rank_loss(made.collator.collate(made.rows))
+        assert loss <= bound if count == 2 else loss > 10 * bound
+    made.collator.prompts.shots = shots  # type: ignore[attr-defined]
+    made.collator.temperature_column = 0
+    assert made.rank_loss(made.collator.collate(made.rows)) > 10 * bound
 
 
 DATA = os.environ.get("LOGITBANK_DATA")

@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toys
 from safetensors.torch import load_file
 
+from cache_schema.schema import Status
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run_dir import ArmDir, RunDir
 from stage2_student.__main__ import main
@@ -20,9 +24,9 @@ from stage2_student.__main__ import main
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def made(tmp_path: Path, **overrides: Any) -> tuple[str, Recipe]:
+def made(tmp_path: Path, edit: Callable[[Any], Any] = lambda row: row, **overrides: Any) -> tuple[str, Recipe]:
     path = str(toys.tiny_recipe(tmp_path, **overrides))
-    toys.fill_cache(load_recipe(path))
+    toys.fill_cache(load_recipe(path), edit)
     return path, load_recipe(path)
 
 
@@ -61,11 +65,20 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Slices of 3 and 2 examples, two and one micro-batches: the same losses, up to the order of float sums."""
+    """Slices of 3 and 2 examples, two and one micro-batches: the same losses, up to the order of float sums.
+
+    Answers have lost different shares of their teacher's positions, so every component has a count of its own.
+    """
+
+    def edit(row: Any) -> Any:
+        lost = np.arange(len(row.status)) % (2 + int(row.example_id[-1]) % 3) == 1
+        return replace(row, status=np.where(lost, Status.NOT_FINITE, Status.USABLE).astype(np.uint8))
+
     path, recipe = made(
         tmp_path,
+        edit,
         train={"steps": 4, "save_every": 4, "batch_size": 5, "micro_batch_size": 2},
-        arms={"sft": None, "distill": {"ce": 1.0, "logit_mse": 0.5, "kl": 0.5}},
+        arms={"sft": None, "distill": {"ce": 1.0, "logit_mse": 0.5, "kl": 0.5, "uld": 0.5}},
     )
     done = subprocess.run(
         command(path, "--set", "runtime.processes=2"), env=ENVIRONMENT, capture_output=True, text=True, check=False
@@ -79,8 +92,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert main(["--recipe", path, *alone]) == 0
     other = RunDir.of(load_recipe(path, alone[1::2])).arm("toy", "distill")
     for found, expected in zip(metrics(folder), metrics(other), strict=True):
-        assert (found["positions"], found["tokens"]) == (expected["positions"], expected["tokens"])
-        for name in ("loss", "ce", "logit_mse", "kl", "grad_norm"):
+        for name in ("positions", "aligned", "tokens"):
+            assert found[name] == expected[name]
+        assert 0 < found["aligned"] < found["positions"]
+        for name in ("loss", "ce", "logit_mse", "kl", "uld", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], rel=1e-4), name
     ours, theirs = (load_file(f.checkpoint(4) / "adapter_model.safetensors") for f in (folder, other))
     for name, tensor in theirs.items():
@@ -88,24 +103,26 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 
 def test_help_and_what_is_done_load_no_model_code(tmp_path: Path) -> None:
-    """--help imports nothing heavy; a finished recipe neither peft nor accelerate nor a model's code."""
+    """--help imports nothing heavy; a finished recipe and a report neither peft nor accelerate nor a model's code."""
     path, _ = made(tmp_path, train={"steps": 1})
     assert main(["--recipe", path]) == 0
     probe = (
         "import sys; from stage2_student.__main__ import main\n"
-        "try:\n    code = main({arguments!r})\nexcept SystemExit as exit: code = exit.code\n"
-        "assert code == 0\n"
+        "for arguments in {commands!r}:\n"
+        "    try: code = main(arguments)\n"
+        "    except SystemExit as exit: code = exit.code\n"
+        "    assert code == 0\n"
         "loaded = {{m for m in {heavy!r} if m in sys.modules}}\n"
         "assert not loaded, loaded"
     )
-    for arguments, heavy in (
-        (["--help"], ["torch", "transformers", "numpy", "pydantic"]),
+    for commands, heavy in (
+        ([["--help"]], ["torch", "transformers", "numpy", "pydantic"]),
         (
-            ["--recipe", path],
+            [["--recipe", path], ["--recipe", path, "--alignment"]],
             ["peft", "accelerate", "stage2_student.train", "transformers.models.qwen3.modeling_qwen3"],
         ),
     ):
-        code = probe.format(arguments=arguments, heavy=heavy)
+        code = probe.format(commands=commands, heavy=heavy)
         done = subprocess.run(
             [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
         )

@@ -151,6 +151,34 @@ def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
     assert main(["--recipe", path, "--arm", "distill", "--set", "train.lr=0.002"]) == 0
 
 
+def test_an_arm_is_named_by_what_decides_it_and_nothing_else(tmp_path: Path) -> None:
+    """A key that an arm does not use is not in its identity, so a run that was begun before the key was known goes on;
+    repeats and alignment can be changed where they change nothing."""
+    path, recipe = made(
+        tmp_path, cache={"temperatures": [1.0, 1.2]}, arms={"distill": None, "uld": {"uld": 1.0, "temperature": 1.2}}
+    )
+    assert main(["--recipe", path]) == 0
+    arms = [
+        json.loads(RunDir.of(recipe).arm("toy", arm).identity.read_text(encoding="utf-8")) for arm in ("sft", "uld")
+    ]
+    assert arms[0]["losses"] == {"ce": 1.0, "logit_mse": 0.0, "kl": 0.0}
+    assert arms[1]["losses"] == {
+        "ce": 0.0,
+        "logit_mse": 0.0,
+        "kl": 0.0,
+        "temperature": 1.2,
+        "uld": 1.0,
+        "alignment": "boundary",
+    }
+    settings = "steps batch_size lr warmup_steps schedule weight_decay max_grad_norm save_every seed"
+    assert arms[0]["train"] == arms[1]["train"] and list(arms[0]["train"]) == settings.split()
+    by_index = ["--recipe", path, "--set", "train.alignment=index"]
+    assert main([*by_index, "--arm", "sft"]) == 0
+    with pytest.raises(RunError, match=r'losses\.alignment: trained with "boundary", now asked for "index"'):
+        main(by_index)
+    assert main([*by_index, "--set", "arms.uld.alignment=boundary"]) == 0
+
+
 def test_checkpoints_without_an_arm_file_are_refused(tmp_path: Path) -> None:
     path, recipe = made(tmp_path)
     assert main(["--recipe", path, "--arm", "sft"]) == 0
