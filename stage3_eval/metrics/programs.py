@@ -41,6 +41,7 @@ def measure(name: str, examples: Sequence[Example], answers: Sequence[Prediction
     parsed = [parses(program) for program in programs]
     if name == "parses":
         return Measured(tuple(map(float, parsed)))
+    sandbox.check()
     problems = [_Problem.of(example) for example in examples]
     limits = _limits(settings)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # each thread waits for a process of its own

@@ -147,8 +147,7 @@ def test_the_results_say_which_encoder(encoder):
     assert set(found) >= {"bert-score", "transformers", "model"}
 
 
-def test_what_cannot_serve_is_refused_before_anything_is_generated(encoder, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_cannot_serve_is_refused_before_anything_is_generated(encoder, tmp_path):
     check_available(["bert_score"], settings_of(encoder))
     with pytest.raises(RunError, match=r"bert_score_layer=17: .* has 3 layers; name one of them"):
         check_available(["bert_score"], settings_of(encoder, 17))

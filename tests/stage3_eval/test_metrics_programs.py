@@ -7,10 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import RunError
 from pipeline.sections import Metrics
 from pipeline.tasks import Example, NoOptions, get_task
+from stage3_eval.inside import plain, value_of
 from stage3_eval.metrics import check_available, describe, metric_module
 from stage3_eval.metrics.asserts import Assertion, defined_names, imports_of, split
 from stage3_eval.metrics.programs import parses, program_of
@@ -123,6 +126,34 @@ def test_what_a_reference_defines_and_imports():
     code = "import re, sys\nfrom math import pi as p\nN = M = 3\nroot.left = 1\nclass A: pass\ndef f():\n    y = 1\n"
     assert defined_names(code) == {"N", "M", "A", "f"}
     assert imports_of(code) == "import re, sys\nfrom math import pi as p"
+
+
+# -- values on their way from one process to the other
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+_SCALARS |= st.complex_numbers(allow_nan=False) | st.fractions() | st.decimals(allow_nan=False)
+_KEYS = st.recursive(_SCALARS, lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=3), max_leaves=4)
+_VALUES = st.recursive(
+    _KEYS | st.sets(_KEYS, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(_KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def arrived(value):
+    return value_of(json.loads(json.dumps(plain(value))))
+
+
+@given(_VALUES, _VALUES)
+def test_what_arrives_equals_what_was_sent_and_nothing_else(a, b):
+    assert arrived(a) == a
+    assert (arrived(a) == b) is (a == b)
+
+
+def test_types_that_python_tells_apart_stay_apart():
+    for a, b in (([1], (1,)), ((1,), [1]), ("1", 1), (b"a", "a"), (None, False), ({1}, [1]), ({1: 2}, {(1, 2)})):
+        assert arrived(a) != b
+    assert arrived(range(3)) != range(3)  # no plain data
 
 
 # -- verdicts
