@@ -6,11 +6,13 @@ Called by `pipeline.pocket.t5` and `pipeline.pocket.subwords` (drawing), and by 
 
 from __future__ import annotations
 
+import itertools
 import random
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pipeline.pocket.stories import KINDS, Story, row_of, split_rows, split_stories, summaries
-from pipeline.tasks import Example, NoOptions, get_task
+from pipeline.tasks import Example, NoOptions, Task, get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,15 +21,21 @@ MAX_NEW_TOKENS = 60
 """The longest summary takes the GPT-2 tokenizer about 50."""
 
 
+@cache
+def task_of(kind: str) -> Task:
+    """The task of one of KINDS; `get_task` looks through a folder each time."""
+    return get_task(f"pocket_{kind}")
+
+
 def draw_example(kind: str, story: Story, rng: random.Random) -> Example:
     """An example about the story, of the task of one of KINDS."""
-    return get_task(f"pocket_{kind}").to_example(row_of(kind, story, rng), 0, NoOptions())
+    return task_of(kind).to_example(row_of(kind, story, rng), 0, NoOptions())
 
 
 def validation_examples(kind: str, n: int) -> list[Example]:
     """The first `n` validation examples of one of KINDS."""
-    task = get_task(f"pocket_{kind}")
-    return [task.to_example(row, i, NoOptions()) for i, row in enumerate(split_rows(kind, "validation"))][:n]
+    rows = itertools.islice(split_rows(kind, "validation"), n)
+    return [task_of(kind).to_example(row, index, NoOptions()) for index, row in enumerate(rows)]
 
 
 def written(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int = 50) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipeline.models import kv_cache_argument
 from pipeline.pocket.documents import answer_of, prompt_of
 from pipeline.pocket.problems import Problem, split_problems
 from pipeline.tasks.numbers import score_number
@@ -75,13 +76,12 @@ def _greedy(model: Any, input_BL: Tensor, context: list[tuple[Tensor, Tensor]], 
     """Most likely continuations of equally long inputs behind a shared context, each up to its end-of-sequence."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(context) if context else DynamicCache()
+    argument = kv_cache_argument(model, DynamicCache(context) if context else DynamicCache())
     rows: list[list[int]] = [[] for _ in range(len(input_BL))]
     open_rows = set(range(len(rows)))
     for _ in range(MAX_NEW_TOKENS):
-        input_BL = (
-            model(input_BL, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, True)
-        )
+        logits_BLV = model(input_BL, use_cache=True, logits_to_keep=1, **argument).logits
+        input_BL = logits_BLV[:, -1].argmax(-1, True)
         for row, token in enumerate(input_BL[:, 0].tolist()):
             if token == end_id:
                 open_rows.discard(row)

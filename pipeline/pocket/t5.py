@@ -25,7 +25,7 @@ from pipeline.pocket.subwords import piece_tokenizer
 if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
 
-SETTINGS = Settings(weight_decay=0.05, batch_tokens=1200, hidden=96, layers=3, intermediate=192, heads=3)
+SETTINGS = Settings(lr=1e-3, weight_decay=0.05, batch_tokens=1200, hidden=96, layers=3, intermediate=192, heads=3)
 
 EXAMPLE_TOKENS = 75
 """What an example takes on average, padding included."""
@@ -70,6 +70,9 @@ class T5Course:
         # transformers 5 ties every fresh T5, and unties one only if its file has two different matrices, as here
         model.lm_head.weight = nn.Parameter(model.shared.weight.detach() * settings.hidden**-0.5)
         model.all_tied_weights_keys.pop("lm_head.weight")
+        for name, matrix in model.named_parameters():
+            if name.endswith((".q.weight", ".k.weight")):  # T5 makes queries tiny, for an optimizer that scales steps
+                nn.init.normal_(matrix, std=settings.hidden**-0.5 * (settings.hidden // settings.heads) ** -0.25)
         return model
 
     def draw(self, progress: float) -> list[Batch]:
