@@ -8,6 +8,7 @@ is no mean over examples: what the bootstrap draws and sums is each example's st
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import hypot, sqrt
 
 import numpy as np
@@ -26,6 +27,16 @@ class Corpus:
 
     statistics: npt.NDArray[np.float64]
     of_sum: Callable[[npt.NDArray[np.float64]], float]
+
+    @cached_property
+    def resampled(self) -> npt.NDArray[np.float64]:
+        """Scores of bootstrap samples, each from the sum of the statistics of the examples drawn.
+
+        Always the same draws, since the generator is seeded: what pairs two corpora, and what may be kept.
+        """
+        n = len(self.statistics)
+        sums = (np.bincount(sample, minlength=n) @ self.statistics for drawn in _draws(n) for sample in drawn)
+        return np.array([self.of_sum(row) for row in sums])
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def estimate(measured: Measured | Values) -> Estimate:
     x = np.asarray(values, dtype=np.float64)
     n, mean = len(x), float(x.mean())
     if corpus is not None:
-        scores = _resampled_scores(corpus)
+        scores = corpus.resampled
         return Estimate(n, _of_all(corpus), float(scores.std(ddof=1)), *_percentiles(scores))
     if is_binary(values):
         low, high = wilson(round(x.sum()), n)
@@ -112,7 +123,7 @@ def difference(a: Measured | Values, b: Measured | Values) -> Difference:
         raise ValueError(f"paired scores of the same examples are needed, found {x.shape} and {y.shape}")
     n, better, worse = len(x), int((x > y).sum()), int((x < y).sum())
     if corpus_a is not None and corpus_b is not None:
-        deltas = _resampled_scores(corpus_a) - _resampled_scores(corpus_b)  # the same draws: the generator is seeded
+        deltas = corpus_a.resampled - corpus_b.resampled
         delta, error = _of_all(corpus_a) - _of_all(corpus_b), float(deltas.std(ddof=1))
         return Difference(n, delta, error, *_interval_and_p(deltas), better, worse, "paired bootstrap of the corpus")
     delta = float((x - y).mean())
@@ -248,13 +259,6 @@ def _draws(n: int) -> Iterator[npt.NDArray[np.int64]]:
 
 def _resampled_means(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.concatenate([x[drawn].mean(1) for drawn in _draws(len(x))])
-
-
-def _resampled_scores(corpus: Corpus) -> npt.NDArray[np.float64]:
-    """Corpus scores of bootstrap samples: each from the sum of the statistics of the examples drawn."""
-    n = len(corpus.statistics)
-    sums = (np.bincount(sample, minlength=n) @ corpus.statistics for drawn in _draws(n) for sample in drawn)
-    return np.array([corpus.of_sum(row) for row in sums])
 
 
 def _percentiles(scores: npt.NDArray[np.float64]) -> tuple[float, float]:

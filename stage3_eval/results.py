@@ -24,7 +24,7 @@ from pipeline.progress import progress
 from pipeline.recipe import Recipe
 from pipeline.tasks import Example, get_task
 from stage3_eval.blocks import Block
-from stage3_eval.compare import Difference, difference, estimate, holm, is_binary, over_seeds, p_over_seeds
+from stage3_eval.compare import Z_95, Difference, difference, estimate, holm, is_binary, over_seeds, p_over_seeds
 from stage3_eval.conditions import ZERO_SHOT, asked, baselines
 from stage3_eval.evaluate import Evaluated
 from stage3_eval.metrics import describe
@@ -161,7 +161,7 @@ def _row(runs: Runs, metric: str, steps: Mapping[str, int] | None = None) -> dic
     first = next(iter(cells.values()))
     if len(cells) == 1:
         return {"checkpoint": None, "seeds": 1 if steps else 0, **first}
-    over = over_seeds([c["mean"] for c in cells.values()], [c["standard_error"] for c in cells.values()])
+    over = over_seeds([c["mean"] for c in cells.values()], [_error(c["interval"]) for c in cells.values()])
     counted = ("unparsable", "unfinished", "too_long", "tokens_per_answer")
     return {
         "checkpoint": first["checkpoint"] if len({c["checkpoint"] for c in cells.values()}) == 1 else None,
@@ -169,7 +169,7 @@ def _row(runs: Runs, metric: str, steps: Mapping[str, int] | None = None) -> dic
         "n": first["n"],
         "mean": over.mean,
         "standard_error": over.standard_error,
-        "interval": [over.low, over.high],
+        "interval": [max(over.low, 0.0), min(over.high, 1.0)],
         **{key: sum(c[key] for c in cells.values()) / len(cells) for key in counted},
         "runs": list(cells.values()),
     }
@@ -205,7 +205,7 @@ def _difference(pairs: Sequence[tuple[Scores, Scores]], metric: str, to: str | N
         return None
     if len(found) == 1:
         return {"to": to, "seeds": 1, **_compared(found[0])}
-    means, errors = [d.mean for d in found], [d.standard_error for d in found]
+    means, errors = [d.mean for d in found], [_error((d.low, d.high)) for d in found]
     over = over_seeds(means, errors)
     return {
         "to": to,
@@ -213,11 +213,16 @@ def _difference(pairs: Sequence[tuple[Scores, Scores]], metric: str, to: str | N
         "n": found[0].n,
         "mean": over.mean,
         "standard_error": over.standard_error,
-        "interval": [over.low, over.high],
+        "interval": [max(over.low, -1.0), min(over.high, 1.0)],
         "p": p_over_seeds(means, errors),
         "test": "the interval over seeds and examples, inverted",
         "runs": [_compared(d) for d in found],
     }
+
+
+def _error(interval: Sequence[float]) -> float:
+    """What an interval stands for in `over_seeds`: unlike the standard error it does not vanish at 0 and 100 %."""
+    return (interval[1] - interval[0]) / (2 * Z_95)
 
 
 def _compared(found: Difference) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _labels(found: Mapping[str, Any], block: str) -> str:
     generated = [Column(task, "accuracy") for task, _ in columns]
     head = ["model"]
     for task, _ in columns:
-        head += [f"{task} likelihood", "unparsable"]
+        head += [f"{task} likelihood", f"{task} unparsable"]
     lines = []
     for (_, label, cells), (_, _, written) in zip(
         _rows(found, block, columns), _rows(found, block, generated), strict=True
@@ -183,7 +183,10 @@ def _examples(found: Mapping[str, Any]) -> str:
 
 
 def _legend(found: Mapping[str, Any]) -> str:
-    text = "Scores are in percent, standard errors and single seeds in results.json, every condition in details.md."
+    text = (
+        "Scores are in percent, of the untouched student as `base`; standard errors and single seeds are in "
+        "results.json, every checkpoint in details.md."
+    )
     bold = pair(found)
     if bold:
         text += (

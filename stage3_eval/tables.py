@@ -32,7 +32,7 @@ def tables_of(found: Mapping[str, Any]) -> str:
 
 def block_name(block: str, shots: int) -> str:
     """A block in words."""
-    unseen = {UNSEEN_ZERO_SHOT: "unseen, 0-shot", UNSEEN_FEW_SHOT: f"unseen, {shots}-shot"}
+    unseen = {UNSEEN_ZERO_SHOT: "unseen tasks, 0-shot", UNSEEN_FEW_SHOT: f"unseen tasks, {shots}-shot"}
     return unseen.get(block, f"{block} split")
 
 
@@ -70,7 +70,7 @@ def notes(found: Mapping[str, Any]) -> str:
             "wrong."
         )
     if found["references"]:
-        text += " References are other models, scored as they are on the bare prompt; they are not paired."
+        text += " References are other models, scored as they are on the same examples; they are not paired."
     return text
 
 
@@ -171,7 +171,7 @@ def _interval(interval: Sequence[float]) -> str:
 
 def _count(value: float) -> str:
     """A count, or a mean of counts over seeds."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+    return f"{value:,.1f}".removesuffix(".0")
 
 
 def _p(found: Mapping[str, Any] | None, key: str) -> str:

@@ -175,6 +175,50 @@ def test_a_checkpoint_is_chosen_on_held_out_rows_and_never_on_test(run, asked, m
     assert found.held_out["distill"] == {2: 0.1, 4: 0.9}
 
 
+def test_each_repeat_chooses_its_own_checkpoint(run, asked, monkeypatch):
+    for arm, seed in (("sft", 50), ("distill", 60)):
+        for step in (2, 4):
+            write_checkpoint(RunDir.of(run.recipe()), f"{arm}~1", step, run.model, seed + step)
+    scores = {"sft@2": 0.5, "sft@4": 0.6, "distill@2": 0.7, "distill@4": 0.1, "sft~1@2": 0.9, "sft~1@4": 0.2}
+    monkeypatch.setattr(evaluate, "first_metric_mean", lambda *args: scores.get(args[-1], 0.3))
+    found = evaluated(run, "train.repeats=2", "eval.select=held_out", "data.held_out=6", "eval.curve_limit=3")
+    assert found.headline == {"sft": 4, "sft~1": 2, "distill": 2, "distill~1": 2}
+    assert [(r.name, r.arm, r.is_first) for r in found.runs] == [
+        ("sft", "sft", True), ("sft~1", "sft", False), ("distill", "distill", True), ("distill~1", "distill", False),
+    ]  # fmt: skip
+    assert totals(asked) == {
+        None: 16, "sft@2": 6 + 3, "sft@4": 6 + 8, "distill@2": 6 + 8, "distill@4": 6 + 3,
+        "sft~1@2": 6 + 8, "sft~1@4": 6, "distill~1@2": 6 + 8, "distill~1@4": 6,
+    }  # fmt: skip
+    again = evaluated(
+        run, "train.repeats=2", "eval.select=held_out", "data.held_out=6", "eval.curve_limit=3", rescore=True
+    )
+    assert (again.headline, answers(again)) == (found.headline, answers(found))
+
+
+def test_repeats_that_are_not_trained_yet_are_said(run):
+    write_checkpoint(RunDir.of(run.recipe()), "sft~1", 2, run.model, 50)
+    student = student_run(run.recipe("train.repeats=2"))
+    assert [found.name for found in student.runs] == ["sft", "sft~1", "distill"]
+    assert student.notes == [
+        "toy/sft~1: trained to step 2 of 4 so far; to go on: python -m stage2_student --recipe tiny",
+        "toy/distill~1: no checkpoint yet; to train it: python -m stage2_student --recipe tiny",
+    ]
+
+
+def test_a_repeat_trained_with_another_seed_is_refused(run):
+    recipe = run.recipe("train.repeats=2")
+    for seed, name in ((0, "sft"), (1, "sft~1")):
+        write_checkpoint(RunDir.of(recipe), name, 4, run.model, 50)
+        settings = recipe.train.model_copy(update={"seed": seed}).model_dump(mode="json", exclude={"repeats"})
+        RunDir.of(recipe).arm("toy", name).identity.write_text(json.dumps({"train": settings}))
+    assert len(student_run(recipe).runs) == 3
+    settings["seed"] = 7
+    RunDir.of(recipe).arm("toy", "sft~1").identity.write_text(json.dumps({"train": settings}))
+    with pytest.raises(RunError, match=r"sft~1 holds(.|\n)*train.seed: trained with 7, the recipe says 1"):
+        student_run(recipe)
+
+
 def test_held_out_accuracy_is_the_first_metric_of_the_held_out_answers(run):
     found = evaluated(run, "eval.select=held_out", "data.held_out=6")
     assert set(found.held_out["sft"]) == {2, 4}
