@@ -222,6 +222,6 @@ class Runtime(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     batch_tokens: int = Field(
-        16384, ge=1, description="stage 1: padded tokens in a batch, the shared context not counted"
+        16384, ge=1, description="stage 1: padded tokens in a batch, encoder's and decoder's; not the shared context"
     )
     processes: int = Field(1, ge=1, description="stage 2: processes (one a GPU), started through torchrun when above 1")

@@ -8,7 +8,16 @@ import toys
 
 from pipeline.__main__ import main
 from pipeline.errors import ModelError, RecipeError, unknown_name
-from pipeline.models import ModelSource, load_causal_lm, load_tokenizer, locate, vocabulary
+from pipeline.models import (
+    ModelSource,
+    kv_cache_argument,
+    load_causal_lm,
+    load_config,
+    load_seq2seq_lm,
+    load_tokenizer,
+    locate,
+    vocabulary,
+)
 from pipeline.progress import progress
 from pipeline.recipe import describe_keys, load_recipe, recipe_names
 
@@ -51,6 +60,39 @@ def test_pickled_weights_are_not_read(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="cannot be loaded as a causal model"):
         load_causal_lm(ModelSource(str(tmp_path), None), "float32", "none", torch.device("cpu"))
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}', encoding="utf-8")
+    with pytest.raises(ModelError, match=r"its config.json cannot be read: .*nothing-known"):
+        load_config(locate(str(tmp_path)))
+
+
+def test_a_decoder_is_no_encoder_decoder(tmp_path):
+    import torch
+
+    toys.tiny_qwen3(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded as an encoder-decoder"):
+        load_seq2seq_lm(ModelSource(str(tmp_path), None), "float32", "none", torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_the_kv_cache_is_passed_by_the_name_that_the_model_knows(tmp_path):
+    """With and without an adapter around it. A name it only tolerates would be a warning, which fails here."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import DynamicCache
+
+    toys.tiny_llama(tmp_path)
+    model = load_causal_lm(ModelSource(str(tmp_path), None), "float32", "none", torch.device("cpu"))
+    ids_1L = torch.tensor([[5, 6, 7, 8]])
+    for wrapped in (model, get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))):
+        cache = DynamicCache()
+        with torch.no_grad():
+            whole = wrapped(input_ids=ids_1L).logits
+            wrapped(input_ids=ids_1L[:, :2], use_cache=True, **kv_cache_argument(wrapped, cache))
+            rest = wrapped(input_ids=ids_1L[:, 2:], use_cache=True, **kv_cache_argument(wrapped, cache)).logits
+        torch.testing.assert_close(rest, whole[:, 2:], rtol=0, atol=2e-5)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
