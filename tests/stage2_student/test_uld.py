@@ -1,6 +1,7 @@
 """Students that share no tokenizer with their teacher: each is compared with the right row, counted, and trained."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import toys
 import transformers
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from cache_schema.reader import CacheReader
 from cache_schema.schema import CacheRow, Status
@@ -217,3 +219,42 @@ def test_repeats_are_runs_with_seeds_of_their_own(tmp_path: Path, capsys: pytest
     run, other = RunDir.of(recipe), RunDir.of(load_recipe(path, [alone]))
     assert adapter(run, "uld~1") == adapter(other, "uld") != adapter(run, "uld")
     assert run.arm("gpt2", "uld~1").identity.read_bytes() == other.arm("gpt2", "uld").identity.read_bytes()
+
+
+DATA = os.environ.get("LOGITBANK_DATA")
+REAL = {"gpt2": ("gpt2", 50257), "pythia": ("gpt-neox-20b", 50304), "smollm": ("smollm2", 49152)}
+
+
+@pytest.mark.skipif(
+    not DATA, reason="needs the real tokenizers and rows: set LOGITBANK_DATA to the folder that has them"
+)
+def test_with_the_real_tokenizers_and_rows(tmp_path: Path) -> None:
+    """True vocabularies, no pad token, Spanish and code: one cache of T5's, each student on either padding."""
+    tokenizers = Path(str(DATA)) / "tokenizers"
+    AutoTokenizer.from_pretrained(tokenizers / "t5").save_pretrained(tmp_path / "t5")
+    toys.tiny_t5(tmp_path / "t5", vocab_size=32128, hidden=16)
+    path = toys.tiny_recipe(
+        tmp_path,
+        data={"tasks": {"gsm8k": None, "eng_spa": {"train": 3}, "mbpp": {"train": 3}}, "dir": str(DATA)},
+        teacher={"model": str(tmp_path / "t5"), "kind": "seq2seq", "shots": 0},
+        cache={"temperatures": [1.2], "store_ids": False, "top_k": 256},
+        arms={"distill": None, "uld": {"ce": 1.0, "uld": 0.5, "temperature": 1.2}},
+        eval={"baselines": ["zero_shot"]},
+    )
+    reader = CacheReader.open(toys.fill_cache(load_recipe(str(path))))
+    settings = StudentRecipe(model="", dtype="float32", lora=Lora(r=4, alpha=8))
+    for family, (tokenizer, vocab_size) in REAL.items():
+        AutoTokenizer.from_pretrained(tokenizers / tokenizer).save_pretrained(tmp_path / family)
+        FAMILIES[family](tmp_path / family, vocab_size=vocab_size, hidden=16)
+        student = Student(locate(str(tmp_path / family)), settings, 0, CPU)
+        assert student.vocab_size == vocab_size
+        collator = Collator(reader, prompts_of(tmp_path / family), vocab_size, ULD, "boundary")
+        found = []
+        for padding in ("right", "left"):
+            batch = collator.collate(reader.read(range(6)), padding)  # type: ignore[arg-type]
+            gradients = flat_gradients(student.parameters.values())
+            found.append(student.backward(batch, {"ce": 1.0, "uld": 0.5}, batch.counts(), 1.2))
+            assert gradients.isfinite().all() and gradients.abs().max() > 0
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+        assert 0 < found[0][1].item() < 2
+        assert 0.3 < batch.counts()["uld"] / batch.counts()["ce"] < 1, family
