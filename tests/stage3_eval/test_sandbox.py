@@ -186,8 +186,8 @@ def test_it_dies_with_us(tmp_path):
         "sandbox._inside = lambda: text; sandbox.run(['while True: pass'], [], sandbox.Limits(10**6, 256))"
     )
     with subprocess.Popen([sys.executable, "-c", ours, mark]) as process:
-        while len(subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()) < 3:
-            time.sleep(0.05)  # we, bwrap and the program
+        while len(subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()) < 4:
+            time.sleep(0.05)  # we, bwrap, its process that reaps others, and the program
             assert process.poll() is None
         process.kill()
     assert _running(mark) == []
