@@ -181,14 +181,17 @@ def test_time_is_up(code, monkeypatch, tmp_path):
 def test_it_dies_with_us(tmp_path):
     """Even where we are killed and can clean up nothing."""
     mark = f"# {tmp_path}"
-    ours = (
-        "import sys; from stage3_eval import sandbox; text = sandbox._inside() + sys.argv[1]; "
-        "sandbox._inside = lambda: text; sandbox.run(['while True: pass'], [], sandbox.Limits(10**6, 256))"
-    )
-    with subprocess.Popen([sys.executable, "-c", ours, mark]) as process:
-        while len(subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()) < 4:
-            time.sleep(0.05)  # we, bwrap, its process that reaps others, and the program
-            assert process.poll() is None
+    ours = f"""if True:
+        import os
+        from stage3_eval import sandbox
+        inside, read = sandbox._inside() + {mark!r}, os.read
+        sandbox._inside = lambda: inside
+        os.read = lambda *args: (read(*args), print("ready", flush=True))[0]
+        sandbox.run(["while True: pass"], [], sandbox.Limits(10**6, 256))
+    """
+    with subprocess.Popen([sys.executable, "-c", ours], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
         process.kill()
     assert _running(mark) == []
 
