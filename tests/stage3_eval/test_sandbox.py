@@ -186,7 +186,12 @@ def test_it_dies_with_us(tmp_path):
         from stage3_eval import sandbox
         inside, read = sandbox._inside() + {mark!r}, os.read
         sandbox._inside = lambda: inside
-        os.read = lambda *args: (read(*args), print("ready", flush=True))[0]
+        def told(*args):
+            found = read(*args)
+            if found == sandbox._READY:
+                print("ready", flush=True)
+            return found
+        os.read = told
         sandbox.run(["while True: pass"], [], sandbox.Limits(10**6, 256))
     """
     with subprocess.Popen([sys.executable, "-c", ours], stdout=subprocess.PIPE, text=True) as process:
