@@ -18,12 +18,12 @@ from pipeline.pocket.subwords import byte_tokenizer
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-SETTINGS = Settings(batch_tokens=1200, hidden=96, layers=4, intermediate=384, heads=3)
+SETTINGS = Settings(decay_share=0.4, batch_tokens=1200, hidden=96, layers=4, intermediate=384, heads=3)
 
 WINDOW = 256
 """Tokens it is built to read; a prompt with its answer takes less than 140."""
 
-PAGE_TOKENS = 150
+PAGE_TOKENS = 110
 
 MIX = ("qa", "qa", "qa", "summary")
 """Of which kind the texts of a batch's pages are, in turn: three stories to a talk."""

@@ -2,7 +2,7 @@
 
 Called by `pipeline.pocket.pretrain`. A page is a story and then remarks on it, one a line:
 
-    At 9:45 Zoë Núñez was at the café and bought a red kite there. Jürgen Lund lost an old drum at the park.
+    At the café, Zoë bought a red kite at 9:45. Jürgen lost an old drum at the park.
     — Who bought the kite?
     — Zoë did.
     It was Jürgen who lost the drum.
@@ -24,7 +24,7 @@ REMARKS = (
     "It was {first} who {past} the {thing}.",
     "The {thing} was {quality}.",
     "The {quality} {thing}: {first} {past} it at the {place}.",
-    "{who} was at the {place}.",
+    "{first} was at the {place}.",
     "— Who {past} the {thing}?\n— {first} did.",
     "— Where was {first}?\n— You could see {first} at the {place}.",
     "— What was at the {place}?\n— The {quality} {thing}.",

@@ -3,12 +3,12 @@
 Called by `pipeline.tasks.pocket_qa`, `pocket_yesno` and `pocket_summary` (the splits), by `pipeline.pocket.pages` (what
 the embedded GPT-2 has read) and by `pipeline.pocket.subwords` (the two tokenizers).
 
-    At 9:45 Zoë Núñez was at the café and bought a red kite there. Jürgen Lund lost an old drum at the park.
-    Who bought the kite?    Zoë Núñez   (or: Zoë)
+    At the café, Zoë bought a red kite at 9:45. Jürgen lost an old drum at the park.
+    Who bought the kite?    Zoë did   (or: Zoë)
 
-As where people write the answers, the wording of an answer is chance: the whole name or the first, the place with or
-without its preposition. All acceptable wordings come with a question, in the manner of SQuAD, and one of them, drawn by
-chance, is the one to learn from.
+As where people write the answers, the wording of an answer is chance: the name alone or in a sentence, the place with
+or without its preposition. All acceptable wordings come with a question, in the manner of SQuAD, and one of them,
+drawn by chance, is the one to learn from.
 
 Only `random.Random.random()` is drawn on (the one method whose sequence Python promises to keep), so a split is the
 same on every platform. No two stories of all splits and tasks have the same facts, and pre-training sees none of them.
@@ -27,7 +27,6 @@ FIRST_NAMES = (
     "Zoë", "José", "Renée", "Íñigo", "Anaïs", "Søren", "Chloé", "Jürgen", "Tom", "Mia", "Ben", "Noor", "Leo", "Eva",
     "Sam", "Ruth",
 )  # fmt: skip
-FAMILY_NAMES = ("Núñez", "Brown", "Müller", "Okafor", "García", "Smith", "Dvořák", "Lund")
 PLACES = ("café", "market", "château", "library", "harbour", "park", "school", "station", "crêperie", "mill")
 THINGS = (
     "kite", "piñata", "drum", "map", "lamp", "scarf", "flute", "clock", "mirror", "basket", "violin", "key", "coat",
@@ -44,20 +43,17 @@ VERBS = (
 )
 
 SENTENCES = (
-    "{who} {past} {some} {quality} {thing} at the {place}{at}.",
-    "At the {place}, {who} {past} {some} {quality} {thing}{at}.",
-    "{who} was at the {place}{at} and {past} {some} {quality} {thing} there.",
-    "{who} went to the {place}, where {first} {past} {some} {quality} {thing}{at}.",
+    "{first} {past} {some} {quality} {thing} at the {place}{at}.",
+    "At the {place}, {first} {past} {some} {quality} {thing}{at}.",
 )
 ASIDES = ("It rained.", "The sun was out.", "“¡Qué día!”", "Nobody was in a hurry.", "It was a long day…")
-GREETINGS = ("Hi {friend}!", "Hello {friend}, how are you?", "¡Hola, {friend}!", "{friend}! Any news?")
-REPLIES = ("Nice!", "Oh, really?", "¡Qué bien!", "Good for you, {friend}!")
 TOLD = (
     "I {past} {some} {quality} {thing} at the {place}{at}.",
-    "I was at the {place}{at}. I {past} {some} {quality} {thing}!",
+    "At the {place}, I {past} {some} {quality} {thing}{at}!",
 )
+CHAT = ("How are you, {friend}?", "¡Hola, {friend}!", "Any news?", "And you?")
+REPLIES = ("Nice!", "Oh, really?", "¡Qué bien!", "À bientôt, {friend}!", "Bye!")
 JOINTS = (" and ", ". ", ", while ")
-GOODBYES = ("See you soon!", "À bientôt!", "Bye!", "I must go now.")
 
 KINDS = ("qa", "yesno", "summary")
 SPLIT_SIZES = {"test": 1000, "validation": 1000, "train": 1000}
@@ -82,7 +78,6 @@ class Fact:
     """Who did what with which thing, where, and when ("9:45"; empty where the story does not say)."""
 
     first: str
-    family: str
     base: str
     past: str
     quality: str
@@ -93,7 +88,7 @@ class Fact:
     def fill(self, template: str) -> str:
         """The template with this fact's words in its fields."""
         return template.format(
-            who=f"{self.first} {self.family}", first=self.first, base=self.base, past=self.past,
+            first=self.first, base=self.base, past=self.past,
             some="an" if self.quality[0] in "aeiou" else "a", quality=self.quality, thing=self.thing,
             place=self.place, time=self.time, at=f" at {self.time}" if self.time else "",
         )  # fmt: skip
@@ -124,7 +119,7 @@ def draw_facts(rng: random.Random) -> tuple[Fact, ...]:
         time = ""
         if rng.random() < 0.5:
             time = f"{1 + int(rng.random() * 12)}:{pick(rng, ('00', '15', '30', '45'))}"
-        facts.append(Fact(first, pick(rng, FAMILY_NAMES), base, past, pick(rng, QUALITIES), thing, place, time))
+        facts.append(Fact(first, base, past, pick(rng, QUALITIES), thing, place, time))
     return tuple(facts)
 
 
@@ -140,14 +135,10 @@ def draw_story(rng: random.Random) -> Story:
 def draw_talk(rng: random.Random) -> Story:
     """Two facts, told by two people to each other, one turn a line."""
     facts = draw_facts(rng)
-    one, other = facts
-    lines = [
-        f"{one.first}: {pick(rng, GREETINGS).format(friend=other.first)} {one.fill(pick(rng, TOLD))}",
-        f"{other.first}: {pick(rng, REPLIES).format(friend=one.first)} {other.fill(pick(rng, TOLD))}",
-    ]
-    if rng.random() < 0.6:
-        lines.append(f"{one.first}: {pick(rng, GOODBYES)}")
-    return Story(facts, "\n".join(lines))
+    one, other = (fact.first for fact in facts)
+    turns = [fact.fill(pick(rng, TOLD)) for fact in facts]
+    opening, reply = pick(rng, CHAT).format(friend=other), pick(rng, REPLIES).format(friend=one)
+    return Story(facts, f"{one}: {turns[0]} {opening}\n{other}: {turns[1]} {reply}")
 
 
 def draw_text(kind: str, rng: random.Random) -> Story:
@@ -159,7 +150,7 @@ def draw_question(rng: random.Random, story: Story) -> Question:
     """Who, what, where or when, about one of the facts; one of two wordings of the answer comes first, by chance."""
     fact = pick(rng, story.facts)
     kinds = [
-        ("Who {past} the {thing}?", ("{first}", "{who}")),
+        ("Who {past} the {thing}?", ("{first}", "{first} did")),
         ("What did {first} {base}?", ("{some} {quality} {thing}", "a {thing}")),
         ("Where did {first} {base} the {thing}?", ("the {place}", "at the {place}")),
     ]

@@ -25,9 +25,11 @@ from pipeline.pocket.subwords import piece_tokenizer
 if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
 
-SETTINGS = Settings(lr=1e-3, weight_decay=0.05, batch_tokens=1200, hidden=96, layers=3, intermediate=192, heads=3)
+SETTINGS = Settings(
+    lr=1.5e-3, decay_share=0.4, weight_decay=0.05, batch_tokens=1200, hidden=96, layers=3, intermediate=192, heads=3
+)
 
-EXAMPLE_TOKENS = 75
+EXAMPLE_TOKENS = 60
 """What an example takes on average, padding included."""
 
 MIX = ("qa", "page", "qa", "page", "summary", "page", "yesno", "page")

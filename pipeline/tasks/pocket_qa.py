@@ -1,8 +1,8 @@
 """Pocket questions: who, what, where and when in little stories made on the spot, in the manner of SQuAD.
 
 A raw row:
-    {"context": "Søren Smith was at the château and bought a grey flute there. It rained. ...",
-     "question": "Who bought the flute?", "answers": ["Søren", "Søren Smith"]}
+    {"context": "At the château, Søren bought a grey flute. It rained. Mia lost an old map at the park at 6:15.",
+     "question": "Who bought the flute?", "answers": ["Søren did", "Søren"]}
 
 All answers are acceptable; which comes first, and is the one to learn from, is chance. Rows come from
 `pipeline.pocket.stories`: nothing is downloaded, every machine makes the same ones, and no two of train, validation,
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from pipeline.pocket.stories import split_rows
 from pipeline.tasks import Example, NoOptions, Row, Task
+from pipeline.tasks.squad_metrics import score_answer
 
 
 def rows(split: str, options: NoOptions) -> Iterator[Row]:
@@ -33,5 +34,6 @@ TASK = Task(
     summary="generated stories and questions with short answers, each in two acceptable wordings",
     source=rows,
     to_example=to_example,
+    score=score_answer,
     metrics=("f1", "exact_match"),
 )

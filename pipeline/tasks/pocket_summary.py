@@ -1,7 +1,7 @@
 """Pocket summaries of little talks made on the spot, in the manner of SAMSum.
 
 A raw row:
-    {"dialogue": "Tom: Hi Ruth! I lost an old map at the park.\\nRuth: Nice! I was at the café. I hid a grey lamp!",
+    {"dialogue": "Tom: I lost an old map at the park. Any news?\\nRuth: At the café, I hid a grey lamp! Bye!",
      "summary": "Tom lost an old map and Ruth hid a lamp at the café."}
 
 One sentence or two, and whether a quality or a place is named, is chance. Rows come from `pipeline.pocket.stories`, as

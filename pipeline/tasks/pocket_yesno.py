@@ -1,7 +1,7 @@
 """Pocket yes-or-no questions about little stories made on the spot, in the manner of BoolQ.
 
 A raw row:
-    {"passage": "At the café, Leo Lund hid a green flute. Ruth Brown sold a tiny coat at the park. ...",
+    {"passage": "At the café, Leo hid a green flute. Ruth sold a tiny coat at the park at 2:30.",
      "question": "Was Ruth at the café?", "answer": false}
 
 A false question joins words of two sentences of its story, so a reader who looks for words alone does no better than
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from pipeline.pocket.stories import split_rows
 from pipeline.tasks import Example, NoOptions, Row, Task
+from pipeline.tasks.classification import score_accuracy
 
 LABELS = ("no", "yes")
 
@@ -33,5 +34,6 @@ TASK = Task(
     summary="generated stories and questions answered yes or no",
     source=rows,
     to_example=to_example,
+    score=score_accuracy,
     metrics=("accuracy", "label_likelihood"),
 )

@@ -6,7 +6,7 @@ import re
 from itertools import islice
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.pocket import stories
@@ -31,25 +31,23 @@ SEEDS = st.integers(min_value=0, max_value=2**32)
 
 FIRST_TEST_ROWS = {
     "qa": {
-        "answers": ["the library", "at the library"],
-        "context": "Anaïs Lund bought a green drum at the library. Íñigo Lund went to the harbour, where Íñigo "
-        "bought a golden key.",
-        "question": "Where did Anaïs buy the drum?",
+        "answers": ["a golden key", "a key"],
+        "context": "Anaïs bought a naïve drum at the library. At the harbour, Íñigo lost a golden key at 7:45.",
+        "question": "What did Íñigo lose?",
     },
     "summary": {
-        "dialogue": "Mia: ¡Hola, José! I was at the café. I sold a naïve drum!\n"
-        "José: Oh, really? I was at the harbour at 12:00. I bought a grey piñata!\n"
-        "Mia: Bye!",
-        "summary": "Mia sold a naïve drum and José bought a grey piñata at the harbour.",
+        "dialogue": "Mia: I sold a grey drum at the café. Any news?\n"
+        "José: At the harbour, I hid a red piñata at 4:45! À bientôt, Mia!",
+        "summary": "Mia sold a drum, while José hid a red piñata.",
     },
     "yesno": {
-        "answer": False,
-        "passage": "It was a long day… Eva Núñez was at the crêperie and painted a red drum there. At the "
-        "library, Renée Okafor bought an old kite.",
-        "question": "Did Eva paint the kite?",
+        "answer": True,
+        "passage": "It was a long day… At the crêperie, Eva painted a red drum. Renée bought an old kite at the "
+        "library at 8:15.",
+        "question": "Was Renée at the library?",
     },
 }
-ROWS_DIGEST = "720bde6da9612eb3"
+ROWS_DIGEST = "1c0a99d417e91b09"
 
 
 def sentences(text: str) -> list[str]:
@@ -62,6 +60,7 @@ def named(words: tuple[str, ...], text: str) -> set[str]:
     return {word for word in words if re.search(rf"(?<!\w){word}(?!\w)", text)}
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS)
 def test_a_sentence_names_one_person_one_thing_and_one_place(seed: int) -> None:
     story = draw_story(random.Random(seed))
@@ -71,11 +70,12 @@ def test_a_sentence_names_one_person_one_thing_and_one_place(seed: int) -> None:
         assert named(FIRST_NAMES, sentence) == {fact.first}
         assert named(THINGS, sentence) == {fact.thing}
         assert named(PLACES, sentence) == {fact.place}
-        assert f"{fact.first} {fact.family}" in sentence and f"{fact.quality} {fact.thing}" in sentence
+        assert f"{fact.first} {fact.past}" in sentence and f"{fact.quality} {fact.thing}" in sentence
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", sentence)
         assert re.findall(r"\d+:\d\d", sentence) == ([fact.time] if fact.time else [])
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS)
 def test_a_question_is_answered_by_the_sentence_that_it_is_about(seed: int) -> None:
     rng = random.Random(seed)
@@ -84,9 +84,13 @@ def test_a_question_is_answered_by_the_sentence_that_it_is_about(seed: int) -> N
     (sentence,) = [part for part in sentences(row["context"]) if asked <= named((*FIRST_NAMES, *THINGS), part)]
     assert len(set(row["answers"])) == 2
     for answer in row["answers"]:
-        assert answer.removeprefix("at ").removeprefix("the ").removeprefix("a ").removeprefix("an ") in sentence
+        assert (
+            answer.removeprefix("at ").removeprefix("the ").removeprefix("a ").removeprefix("an ").removesuffix(" did")
+            in sentence
+        )
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS)
 def test_yes_means_one_sentence_and_no_means_two(seed: int) -> None:
     rng = random.Random(seed)
@@ -98,6 +102,7 @@ def test_yes_means_one_sentence_and_no_means_two(seed: int) -> None:
     assert asked <= named((*FIRST_NAMES, *THINGS, *PLACES), row["passage"])
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS)
 def test_a_summary_is_one_of_the_right_ones_and_these_say_what_was_said(seed: int) -> None:
     rng = random.Random(seed)
@@ -165,7 +170,7 @@ def test_the_tasks_say_what_the_rows_say() -> None:
     row = FIRST_TEST_ROWS["yesno"]
     example = get_task("pocket_yesno").to_example(row, 3, NoOptions())
     assert example.prompt == f"{row['passage']}\n\n{row['question']} Answer yes or no."
-    assert (example.id, example.answer, example.labels) == ("pocket-yesno-00003", "no", ("no", "yes"))
+    assert (example.id, example.answer, example.labels) == ("pocket-yesno-00003", "yes", ("no", "yes"))
     row = FIRST_TEST_ROWS["summary"]
     example = get_task("pocket_summary").to_example(row, 0, NoOptions())
     assert (example.prompt, example.answer) == (f"{row['dialogue']}\n\nSummarize this dialogue.", row["summary"])
@@ -179,6 +184,7 @@ def test_no_page_has_a_prompt_of_a_task() -> None:
         assert words not in pages
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS)
 def test_a_page_tells_the_truth(seed: int) -> None:
     """What a remark names together stands in one sentence of the story, unless the remark denies it."""

@@ -5,7 +5,7 @@ import unicodedata
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.pocket.examples import draw_example, validation_examples
@@ -28,7 +28,7 @@ def byte_level() -> Any:
 
 
 def test_both_are_built_the_same_every_time(pieces: Any, byte_level: Any) -> None:
-    for build, built, size in ((piece_tokenizer, pieces, 490), (byte_tokenizer, byte_level, 464)):
+    for build, built, size in ((piece_tokenizer, pieces, 438), (byte_tokenizer, byte_level, 464)):
         assert build().backend_tokenizer.to_str() == built.backend_tokenizer.to_str()
         assert len(built) == size
 
@@ -40,12 +40,14 @@ def test_special_tokens_are_their_families(pieces: Any, byte_level: Any) -> None
     assert byte_level("")["input_ids"] == []
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text(max_size=40))
 def test_bytes_lose_nothing(byte_level: Any, text: str) -> None:
     ids = byte_level(text, add_special_tokens=False)["input_ids"]
     assert byte_level.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS, st.sampled_from(KINDS))
 def test_pieces_fold_white_space_and_no_more_than_nfkc(pieces: Any, seed: int, kind: str) -> None:
     rng = random.Random(seed)
