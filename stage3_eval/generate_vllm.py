@@ -143,14 +143,18 @@ def _check_folder(adapter: Path) -> None:
 
 
 def _targets(adapter: Path) -> list[str]:
-    """The names of the modules that an adapter changes."""
+    """The last names of the modules that an adapter changes.
+
+    vLLM fuses some of them (q_proj, k_proj and v_proj into qkv_proj) and finds the fused one by the last names alone:
+    by peft's full names it would leave them out, without a word.
+    """
     _check_folder(adapter)
     path = adapter / "adapter_config.json"
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["target_modules"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: cannot be read: {error}; remove the checkpoint and train again") from None
-    return [str(name) for name in names] if isinstance(names, list) else []
+    return [str(name).rpartition(".")[2] for name in names] if isinstance(names, list) else []
 
 
 def _answer(completion: Any, end_id: int) -> Generated:

@@ -32,20 +32,21 @@ if __name__ == "__main__":
     from stage3_eval.generate_vllm import VLLMEngine
     job = json.load(open(sys.argv[1]))
     longest = max(map(len, job["prompts"])) + job["max_new_tokens"]
-    engine = VLLMEngine(locate(job["model"]), "float32", 4, longest)
+    adapters = [adapter and Path(adapter) for adapter in job["adapters"]]
+    engine = VLLMEngine(locate(job["model"]), "float32", 4, longest, sorted({a for a in adapters if a}))
     answers = [
-        engine.generate(job["prompts"], adapter and Path(adapter), job["max_new_tokens"], job["end_id"])
-        for adapter in job["adapters"]
+        engine.generate(job["prompts"], adapter, job["max_new_tokens"], job["end_id"]) for adapter in adapters
     ]
+    logprobs = [engine.label_logprobs(job["prompts"], job["labels"], adapter) for adapter in adapters]
     engine.close()
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+    Path(sys.argv[2]).write_text(json.dumps({"answers": answers, "logprobs": logprobs}))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @needs_vllm
-def test_vllm_writes_the_tokens_that_transformers_writes(tmp_path):
+def test_vllm_writes_what_transformers_writes_and_weighs_labels_alike(tmp_path):
     from pipeline.models import load_causal_lm, locate
     from pipeline.prompts import PromptBuilder
     from stage3_eval.generate_hf import HFEngine
@@ -68,6 +69,10 @@ def test_vllm_writes_the_tokens_that_transformers_writes(tmp_path):
     written = [token for ids in free for token in ids[4:]]
     end_id = max(sorted(set(written)), key=written.count)
     expected = [engine.generate(prompts, adapter, MAX_NEW_TOKENS, end_id) for adapter in order]
+    labels = [
+        [builder.encode("", label).answer_ids for label in ("no", "yes", row["answer"][:9])] for row in toys.rows(12)
+    ]
+    likely = [engine.label_logprobs(prompts, labels, adapter) for adapter in order]
 
     job, out, worker = tmp_path / "job.json", tmp_path / "answers.json", tmp_path / "worker.py"
     job.write_text(
@@ -75,6 +80,7 @@ def test_vllm_writes_the_tokens_that_transformers_writes(tmp_path):
             {
                 "model": str(model),
                 "prompts": prompts,
+                "labels": labels,
                 "adapters": [adapter and str(adapter) for adapter in order],
                 "max_new_tokens": MAX_NEW_TOKENS,
                 "end_id": end_id,
@@ -88,7 +94,13 @@ def test_vllm_writes_the_tokens_that_transformers_writes(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
-    answers = json.loads(out.read_text())
+    found = json.loads(out.read_text())
+    for ours, theirs in zip(likely, found["logprobs"], strict=True):
+        assert [len(values) for values in theirs] == [3] * 12
+        for values, others in zip(ours, theirs, strict=True):
+            assert others == pytest.approx(values, abs=1e-3)
+    assert found["logprobs"][0] != found["logprobs"][1]
+    answers = found["answers"]
     for adapter, ours, theirs in zip(order, expected, answers, strict=True):
         assert [[list(ids), finished] for ids, finished in ours] == theirs, f"adapter {adapter}"
     assert answers[0] == answers[3]
@@ -104,17 +116,19 @@ def test_without_vllm_the_error_names_what_to_install(tmp_path):
     from stage3_eval.generate_vllm import VLLMEngine
 
     with pytest.raises(RunError, match=r"pip install 'logitbank\[vllm\]'.*runtime.python.stage3_eval"):
-        VLLMEngine(ModelSource(str(tmp_path), None), "float32", 4, 64)
+        VLLMEngine(ModelSource(str(tmp_path), None), "float32", 4, 64, [])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @needs_vllm
-def test_the_command_line_runs_in_the_vllm_environment(tmp_path):
+def test_the_command_line_runs_in_the_vllm_environment(tmp_path, monkeypatch):
     """Its older transformers reads the same recipe, rows and checkpoints, and writes the same answers."""
     from pipeline.recipe import load_recipe
     from pipeline.run_dir import RunDir
-    from stage3_eval.evaluate import StudentRun
+    from stage3_eval.blocks import Blocks
+    from stage3_eval.evaluate import ModelRun
+    from stage3_eval.subject import Subject
 
     toys.tiny_tokenizer(tmp_path / "model")
     toys.tiny_qwen3(tmp_path / "model", head_dim=32, initializer_range=0.5)
@@ -122,7 +136,7 @@ def test_the_command_line_runs_in_the_vllm_environment(tmp_path):
     recipe = load_recipe(str(path))
     for arm, seed in (("sft", 1), ("distill", 2)):
         write_checkpoint(RunDir.of(recipe), arm, 4, tmp_path / "model", seed)
-    ours = StudentRun(recipe, "toy", []).evaluate()
+    ours = ModelRun(recipe, "toy", Blocks(recipe)).evaluate()
 
     command = [PYTHON, "-m", "stage3_eval", "--recipe", path, "--set", "eval.engine=vllm"]
     done = subprocess.run(
@@ -131,6 +145,8 @@ def test_the_command_line_runs_in_the_vllm_environment(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "0 of 20 answers are there; the other 20 are generated by vllm" in done.stdout
 
-    theirs = StudentRun(load_recipe(str(path), ["eval.engine=vllm"]), "toy", [])
-    theirs._load = lambda: pytest.fail("its answers were not found here")  # type: ignore[method-assign]
-    assert theirs.evaluate().answers == ours.answers
+    monkeypatch.setattr(Subject, "load", lambda *_: pytest.fail("its answers were not found here"))
+    theirs = ModelRun(load_recipe(str(path), ["eval.engine=vllm"]), "toy", Blocks(recipe)).evaluate()
+    assert {key: file.predictions for key, file in theirs.files.items()} == {
+        key: file.predictions for key, file in ours.files.items()
+    }
