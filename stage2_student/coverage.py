@@ -22,16 +22,23 @@ from stage2_student.checkpoint import storage_errors, write_whole
 MODES: tuple[Alignment, ...] = get_args(Alignment)
 
 
+def _none_yet() -> dict[str, int]:
+    return dict.fromkeys(MODES, 0)
+
+
 @dataclass
 class Coverage:
-    """Counts of answer positions of the student, end-of-sequence included."""
+    """Counts of a student's answer positions, end-of-sequence included.
+
+    aligned: by alignment, those that have a row in the cache; quarantined: of these, those whose row is not usable.
+    agreed: those that have the same row by either, so that `index` compares what has read the same text.
+    """
 
     examples: int = 0
     positions: int = 0
-    aligned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))  # those that have a row
-    quarantined: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(MODES, 0)
-    )  # of these, whose row is not usable
+    agreed: int = 0
+    aligned: dict[str, int] = field(default_factory=_none_yet)
+    quarantined: dict[str, int] = field(default_factory=_none_yet)
 
     def __add__(self, other: "Coverage") -> "Coverage":
         def both(mine: Mapping[str, int], theirs: Mapping[str, int]) -> dict[str, int]:
@@ -40,6 +47,7 @@ class Coverage:
         return Coverage(
             self.examples + other.examples,
             self.positions + other.positions,
+            self.agreed + other.agreed,
             both(self.aligned, other.aligned),
             both(self.quarantined, other.quarantined),
         )
@@ -56,7 +64,10 @@ class Coverage:
 def measure(
     reader: CacheReader, prompts: PromptBuilder, report: Callable[[], None] = lambda: None
 ) -> dict[str, Coverage]:
-    """Task -> its coverage over all rows of the cache, in the order of their first rows. `report`: after each row."""
+    """Task -> its coverage, in the order of their first rows; rows too long for a student's window count too.
+
+    `report` is called after each row.
+    """
     same_tokenizer = has_teachers_tokenizer(prompts, reader.manifest)
     tasks: dict[str, Coverage] = {}
     for row in reader.rows(ALIGNMENT):
@@ -64,8 +75,9 @@ def measure(
         encoded = prompts.encode("", row.answer)  # an answer has the same tokens after any prompt
         counts.examples += 1
         counts.positions += len(encoded.answer_ids)
-        for mode in MODES:
-            at = aligned_rows(row, encoded, mode, same_tokenizer)
+        rows = {mode: aligned_rows(row, encoded, mode, same_tokenizer) for mode in MODES}
+        counts.agreed += int(((rows["boundary"] == rows["index"]) & (rows["index"] != NONE)).sum())
+        for mode, at in rows.items():
             at = at[at != NONE]
             counts.aligned[mode] += len(at)
             counts.quarantined[mode] += int((row.status[at] != Status.USABLE).sum())
@@ -99,14 +111,15 @@ def summary(tasks: Mapping[str, Coverage]) -> str:
 
 
 def table(students: Mapping[str, Mapping[str, Coverage]]) -> str:
-    """Student -> task -> coverage, as a Markdown table."""
+    """Student -> task -> coverage, as a Markdown table. All shares are of the student's positions."""
     lines: list[Sequence[str]] = [
-        ("student", "task", "examples", "positions", *(f"{mode}, %" for mode in MODES), "quarantined, %")
+        ("student", "task", "examples", "positions", *(f"{mode}, %" for mode in MODES), "the same, %", "quarantined, %")
     ]
     for student, tasks in students.items():
         rows = [*tasks.items(), *([("all", total(tasks))] if len(tasks) > 1 else [])]
         for task, counts in rows:
             shares = [f"{counts.taught(mode):.1f}" for mode in MODES]
+            shares.append(f"{100 * counts.agreed / max(1, counts.positions):.1f}")
             lost = " / ".join(f"{counts.lost(mode):.1f}" for mode in MODES)
             lines.append((student, task, f"{counts.examples:,}", f"{counts.positions:,}", *shares, lost))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -3,7 +3,8 @@
     {"step": 12, "loss": 0.61, "ce": 0.43, "logit_mse": 0.36, "lr": 0.0002, "grad_norm": 0.8, "positions": 4810, ...}
 
 `step` counts finished optimizer steps. The numbers of step n are of the adapter *before* its update, so step 1 shows
-the untouched base model.
+the untouched base model. `positions`: the student's answer tokens in the step; `aligned`, of an arm with uld: those of
+them that have a usable row of the teacher.
 """
 
 import json

@@ -38,6 +38,7 @@ def test_the_report_counts_what_training_uses(tmp_path: Path, capsys: pytest.Cap
     reader = CacheReader.open(toys.fill_cache(recipe, edit))
     assert main(["--recipe", path, "--alignment"]) == 0
     table = capsys.readouterr().out
+    teacher = Experiment(recipe).teacher_prompts
     for student, folder in (("toy", "model"), ("other", "other")):
         prompts = PromptBuilder(load_tokenizer(locate(str(tmp_path / folder))))
         report = json.loads(RunDir.of(recipe).alignment(student).read_text(encoding="utf-8"))
@@ -52,7 +53,8 @@ def test_the_report_counts_what_training_uses(tmp_path: Path, capsys: pytest.Cap
                 assert batch.counts()["uld"] == used > 0 and counts["positions"] == batch.counts()["ce"]
                 assert counts["quarantined"][mode] > 0
                 if student == "toy":
-                    assert counts["aligned"][mode] == counts["positions"]
+                    assert counts["aligned"][mode] == counts["agreed"] == counts["positions"]
+            assert counts["agreed"] == sum(same_text(row, prompts, teacher) for row in rows)
             assert student == "toy" or counts["aligned"]["boundary"] < counts["aligned"]["index"] <= counts["positions"]
         used = sum(t["aligned"]["boundary"] - t["quarantined"]["boundary"] for t in report["tasks"].values())
         positions = sum(t["positions"] for t in report["tasks"].values())
@@ -60,6 +62,18 @@ def test_the_report_counts_what_training_uses(tmp_path: Path, capsys: pytest.Cap
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[2:5] == [str(len(reader)), f"{positions:,}", f"{100 * used / positions:.1f}"]
     assert not (RunDir.of(recipe).root / "students" / "toy" / "uld").exists()  # nothing was trained
+
+
+def same_text(row: Any, prompts: PromptBuilder, teacher: PromptBuilder) -> int:
+    """Positions of the same number before which both sides' tokens say the same: none of them, all, or some text."""
+    ours, theirs = prompts.encode("", row.answer).answer_ids, row.answer_ids.tolist()
+    if ours == theirs:
+        return len(ours)
+    pairs = [
+        (prompts.tokenizer.decode(ours[:t]), teacher.tokenizer.decode(theirs[:t]))
+        for t in range(1, min(len(ours), len(theirs)) - 1)
+    ]
+    return 1 + sum(a == b and a.strip() != "" for a, b in pairs) + (len(ours) == len(theirs))
 
 
 def test_training_prints_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
