@@ -2,14 +2,14 @@
 
 comparison: bars with 95 % intervals. curves: every checkpoint of every arm with its interval as a band, baselines as
 lines. loss: the arms' cross-entropy. A mixture has too many tasks for the first two and gets one picture a block in
-their place: differences, the gain of each arm over plain fine-tuning in every metric, a panel a student.
+their place: differences, the gain of an arm over plain fine-tuning in every metric, a panel a student.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stage3_eval.summary import Column, columns_of, compared
+from stage3_eval.summary import Comparison, columns_of, comparisons
 from stage3_eval.tables import block_name
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a condition has one colour everywhere.
@@ -62,7 +62,7 @@ def _of_blocks(found: Mapping[str, Any], colours: Mapping[str, str], folder: Pat
     """The differences of each block."""
     drawn = []
     for block in found["blocks"]:
-        if compared(found, block):
+        if comparisons(found, block):
             drawn.append(_save(_differences(found, block, colours), folder / f"differences-{block}.png"))
     return drawn
 
@@ -160,13 +160,16 @@ def _curves(metrics: Mapping[str, Any], title: str, colours: Mapping[str, str]) 
 
 
 def _differences(found: Mapping[str, Any], block: str, colours: Mapping[str, str]) -> Any:
-    """A panel a student, a line a metric of a task, a mark an arm: its mean minus plain fine-tuning's, in points."""
+    """A panel a student, a line a metric of a task, a mark an arm: its mean minus another's, in points; a hollow mark
+    where the other is a distilled arm too.
+    """
     from matplotlib.figure import Figure
 
-    arms = list(dict.fromkeys(arm for _, arm in compared(found, block)))
-    students = list(dict.fromkeys(student for student, _ in compared(found, block)))
-    columns: list[Column] = columns_of(found, block)
-    height = 1.6 + (0.24 + 0.16 * len(arms)) * len(columns)
+    compared = comparisons(found, block)
+    series = list(dict.fromkeys((comparison.arm, comparison.to) for comparison in compared))
+    students = list(dict.fromkeys(comparison.student for comparison in compared))
+    columns = columns_of(found, block)
+    height = 1.6 + (0.24 + 0.16 * len(series)) * len(columns)
     figure = Figure(figsize=(2.2 + 3.6 * len(students), height), layout="constrained")
     axes = figure.subplots(1, len(students), squeeze=False, sharex=True, sharey=True)[0]
     for axis, student in zip(axes, students, strict=True):
@@ -174,18 +177,18 @@ def _differences(found: Mapping[str, Any], block: str, colours: Mapping[str, str
         axis.grid(axis="x", color="#e5e5e5", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        for number, arm in enumerate(arms):
-            shift = 0.26 * (number - (len(arms) - 1) / 2)
-            label = f"{arm} - {found['reference']}"
-            for place, (task, metric) in enumerate(columns):
-                rows = found["students"][student]["blocks"][block][task][metric]["rows"]
-                difference = rows.get(arm, {}).get("difference")
+        for number, (arm, to) in enumerate(series):
+            shift = 0.6 * ((number + 0.5) / len(series) - 0.5)
+            label = f"{arm} - {to}"
+            for place, column in enumerate(columns):
+                difference = Comparison(student, arm, to).of(found, block, column)
                 if difference is None:
                     continue
                 mean, (low, high) = 100 * difference["mean"], (100 * bound for bound in difference["interval"])
                 axis.errorbar(
                     mean, place + shift, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], color=colours[arm],
-                    fmt="o", markersize=4.5, capsize=2.5, linewidth=1.4, label=label,
+                    fmt="o", markersize=4.5, markerfacecolor=colours[arm] if to == found["reference"] else "white",
+                    capsize=2.5, linewidth=1.4, label=label,
                 )  # fmt: skip
                 label = "_nolegend_"
         axis.set_title(student, fontsize=10)
@@ -194,7 +197,7 @@ def _differences(found: Mapping[str, Any], block: str, colours: Mapping[str, str
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
-    figure.suptitle(f"{found['recipe']}: {block_name(block, found['shots'])}, minus {found['reference']}", fontsize=11)
+    figure.suptitle(f"{found['recipe']}: differences, {block_name(block, found['shots'])}", fontsize=11)
     return figure
 
 

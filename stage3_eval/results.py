@@ -12,8 +12,9 @@
 `mean` is the metric's mean over n examples (the share right, where it is right or wrong; the corpus score of BLEU and
 chrF). An unparsable answer counts as wrong, and so does a prompt that was too long to be asked; both are counted.
 With several seeds a row is their mean, its error holds the seeds' and the examples' share, its counts are means too,
-and `runs` has each. A difference is always to the arm named in `to`, on the same examples, pair by pair and seed by
-seed; references are never paired. `p_holm` is adjusted over the columns (metrics of tasks) of the same student, row
+and `runs` has each. `difference` is to plain fine-tuning, `difference_to_distilled` that of a further distilled arm to
+the first; always to the arm named in `to`, on the same examples, pair by pair and seed by seed; references are never
+paired. `p_holm` is adjusted over the columns (metrics of tasks) of the same student, row
 and block; in a curve over its checkpoints.
 """
 
@@ -42,6 +43,13 @@ def reference_arm(recipe: Recipe) -> str | None:
     return next((name for name, arm in recipe.arms.items() if not arm.needs_teacher), None)
 
 
+def pair_of(recipe: Recipe) -> tuple[str, str] | None:
+    """The arms an experiment is about: plain fine-tuning, and the first arm that reads the teacher."""
+    plain = reference_arm(recipe)
+    distilled = next((name for name, arm in recipe.arms.items() if arm.needs_teacher), None)
+    return (plain, distilled) if plain is not None and distilled is not None else None
+
+
 def results(
     recipe: Recipe, blocks: Sequence[Block], models: Sequence[Evaluated], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -68,6 +76,7 @@ def results(
         "format": FORMAT,
         "recipe": recipe.name,
         "reference": reference_arm(recipe),
+        "pair": pair_of(recipe),
         "select": recipe.eval.select,
         "curve_limit": recipe.eval.curve_limit,
         "shots": recipe.eval.shots,
@@ -136,12 +145,7 @@ def _student_table(recipe: Recipe, book: ScoreBook, model: Evaluated, block: Blo
                 is_binary(s.measured[metric].values) for runs in rows.values() for s in runs.values()
             ),
             "rows": {
-                name: {
-                    **_row(runs, metric, steps.get(name)),
-                    "difference": None
-                    if name == to
-                    else _difference(_by_seed(runs, rows.get(to or "", {}), name in untouched), metric, to),
-                }
+                name: {**_row(runs, metric, steps.get(name)), **_differences(recipe, rows, name, metric)}
                 for name, runs in rows.items()
             },
             "curve": curve_rows,
@@ -190,6 +194,20 @@ def _cell(scores: Scores, metric: str) -> dict[str, Any]:
         "tokens_per_answer": scores.tokens / scores.n,
         **({"note": measured.note} if measured.note else {}),
     }
+
+
+def _differences(recipe: Recipe, rows: Mapping[str, Runs], name: str, metric: str) -> dict[str, Any]:
+    """What a row is compared with: see the module's text."""
+
+    def to(other: str | None) -> dict[str, Any] | None:
+        others = rows.get(other, {}) if other is not None and other != name else {}
+        return _difference(_by_seed(rows[name], others, untouched=name not in recipe.arms), metric, other)
+
+    made = {"difference": to(reference_arm(recipe))}
+    pair = pair_of(recipe)
+    if pair is not None and name in recipe.arms and name not in pair and recipe.arms[name].needs_teacher:
+        made["difference_to_distilled"] = to(pair[1])
+    return made
 
 
 def _by_seed(runs: Runs, others: Runs, untouched: bool) -> list[tuple[Scores, Scores]]:
@@ -254,9 +272,9 @@ def _adjust_over_columns(tables: Mapping[str, Any]) -> None:
     """Holm's adjustment of a block's differences, for each row over the columns: the metrics of all tasks."""
     names = {name: None for metrics in tables.values() for cells in metrics.values() for name in cells["rows"]}
     for name in names:
-        _adjust(
-            cells["rows"].get(name, {}).get("difference") for metrics in tables.values() for cells in metrics.values()
-        )
+        rows = [cells["rows"].get(name, {}) for metrics in tables.values() for cells in metrics.values()]
+        for kind in ("difference", "difference_to_distilled"):
+            _adjust(row.get(kind) for row in rows)
 
 
 def _adjust(differences: Iterable[dict[str, Any] | None]) -> None:

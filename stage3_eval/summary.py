@@ -47,20 +47,13 @@ def summary_of(found: Mapping[str, Any]) -> str:
     for block in found["blocks"]:
         name = block_name(block, found["shots"])
         parts += [f"## {name[0].upper()}{name[1:]}", _scores(found, block)]
-        if compared(found, block):
-            parts += [f"Minus `{found['reference']}`, in points, with 95 % intervals:", _differences(found, block)]
+        if comparisons(found, block):
+            parts += ["Differences in points, with 95 % intervals:", _differences(found, block)]
         if any(column.of_labels for column in columns_of(found, block)):
             parts += ["Classification, by the likelihood of the labels, and generated answers that are no label:"]
             parts.append(_labels(found, block))
     parts += ["## Examples", _examples(found), _legend(found), notes(found)]
     return "\n\n".join(parts) + "\n"
-
-
-def pair(found: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The arms whose better one is bold: plain fine-tuning, and the first arm that reads the teacher."""
-    arms = found["provenance"]["recipe"]["arms"]
-    distilled = [name for name, arm in arms.items() if arm["logit_mse"] + arm["kl"] + arm["uld"] > 0]
-    return (found["reference"], distilled[0]) if found["reference"] is not None and distilled else None
 
 
 def columns_of(found: Mapping[str, Any], block: str) -> list[Column]:
@@ -72,17 +65,33 @@ def columns_of(found: Mapping[str, Any], block: str) -> list[Column]:
     return sorted(columns, key=lambda column: column.of_labels)
 
 
-def compared(found: Mapping[str, Any], block: str) -> list[tuple[str, str]]:
-    """(student, arm) of every arm that is compared with plain fine-tuning in a block."""
+class Comparison(NamedTuple):
+    """An arm of a student minus another one: to plain fine-tuning, or of a further distilled arm to the first."""
+
+    student: str
+    arm: str
+    to: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.student} {self.arm} - {self.to}"
+
+    def of(self, found: Mapping[str, Any], block: str, column: Column) -> Mapping[str, Any] | None:
+        """The difference in one column."""
+        row = found["students"][self.student]["blocks"][block][column.task][column.metric]["rows"].get(self.arm, {})
+        differences = (row.get("difference"), row.get("difference_to_distilled"))
+        return next((d for d in differences if d is not None and d["to"] == self.to), None)
+
+
+def comparisons(found: Mapping[str, Any], block: str) -> list[Comparison]:
+    """What the arms of the students are compared with in a block."""
+    others = [] if found["pair"] is None else found["pair"]
     return [
-        (student, arm)
+        comparison
         for student, of in found["students"].items()
-        for arm in found["provenance"]["recipe"]["arms"]
-        if any(
-            cells["rows"].get(arm, {}).get("difference")
-            for metrics in of["blocks"][block].values()
-            for cells in metrics.values()
-        )
+        for arm in dict.fromkeys(run.partition("~")[0] for run in of["headline"])
+        for comparison in (Comparison(student, arm, other) for other in others)
+        if any(comparison.of(found, block, column) for column in columns_of(found, block))
     ]
 
 
@@ -108,7 +117,7 @@ _CONDITION = {"zero_shot": "base", "few_shot": "base, few-shot"}
 def _scores(found: Mapping[str, Any], block: str) -> str:
     """The published table of a block: percent, the better one of each pair in bold, both where they print the same."""
     columns = [column for column in columns_of(found, block) if not column.of_labels]
-    bold = pair(found)
+    bold = found["pair"]
     lines = []
     for student, label, cells in _rows(found, block, columns):
         line = [label]
@@ -125,17 +134,16 @@ def _scores(found: Mapping[str, Any], block: str) -> str:
 
 def _differences(found: Mapping[str, Any], block: str) -> str:
     """A row a metric, a column an arm of a student; a star where p (Holm) is below the level."""
-    of_arms = compared(found, block)
+    compared = comparisons(found, block)
     lines = []
     for column in columns_of(found, block):
         line = [column.title]
-        for student, arm in of_arms:
-            rows = found["students"][student]["blocks"][block][column.task][column.metric]["rows"]
-            difference = rows[arm]["difference"]
+        for comparison in compared:
+            difference = comparison.of(found, block, column)
             star = " *" if difference is not None and difference["p_holm"] < _LEVEL else ""
             line.append(points(difference) + star)
         lines.append(line)
-    return markdown(["metric", *(f"{student} {arm}" for student, arm in of_arms)], lines)
+    return markdown(["metric", *(comparison.title for comparison in compared)], lines)
 
 
 def _labels(found: Mapping[str, Any], block: str) -> str:
@@ -187,13 +195,13 @@ def _legend(found: Mapping[str, Any]) -> str:
         "Scores are in percent, of the untouched student as `base`; standard errors and single seeds are in "
         "results.json, every checkpoint in details.md."
     )
-    bold = pair(found)
+    bold = found["pair"]
     if bold:
         text += (
             f" Bold: the better one of `{bold[0]}` and `{bold[1]}` of a student, both where they print the same; "
             "further arms are compared in the table of differences."
         )
     return (
-        f"{text} *: p below {_LEVEL} after Holm's adjustment over the metrics of a block, for each student and arm. "
-        "Contexts were cut to the task's limit in words; the cut is the same for every model."
+        f"{text} *: p below {_LEVEL} after Holm's adjustment over the metrics of a block, for each student and pair of "
+        "arms. Contexts were cut to the task's limit in words; the cut is the same for every model."
     )

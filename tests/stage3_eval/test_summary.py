@@ -17,7 +17,7 @@ from stage3_eval.evaluate import Evaluated
 from stage3_eval.predictions import Prediction, PredictionFile
 from stage3_eval.report import write_report
 from stage3_eval.results import results
-from stage3_eval.summary import pair, summary_of
+from stage3_eval.summary import summary_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "stage3_summary.md"
 BOOLQ = tuple(
@@ -147,6 +147,17 @@ def test_a_difference_is_paired_by_seed_and_by_example(found):
     assert all("difference" not in row for row in found["references"]["flan"]["blocks"]["test"]["boolq"].values())
 
 
+def test_a_further_distilled_arm_is_compared_with_the_first_too(found):
+    rows = cells(found, "gpt2", "test", "boolq", "accuracy")
+    further = rows["distill_index"]["difference_to_distilled"]
+    assert further["to"] == "distill"
+    assert [run["mean"] for run in further["runs"]] == pytest.approx(
+        [0.1, 0.1]
+    )  # 9 (one was not asked) and 9 against 8
+    assert [(run["better"], run["worse"]) for run in further["runs"]] == [(1, 0), (1, 0)]
+    assert [name for name, row in rows.items() if "difference_to_distilled" in row] == ["distill_index"]
+
+
 def test_p_values_are_adjusted_over_the_columns_of_a_block(found):
     columns = [("boolq", "accuracy"), ("boolq", "label_likelihood"), ("squad", "f1"), ("squad", "exact_match")]
     differences = [cells(found, "smol", "test", *column)["distill_index"]["difference"] for column in columns]
@@ -163,7 +174,7 @@ def test_an_example_that_was_not_asked_is_wrong_for_every_metric(found):
 
 
 def test_the_better_one_of_a_pair_is_bold_and_both_where_they_print_the_same(found):
-    assert pair(found) == ("sft", "distill")
+    assert found["pair"] == ("sft", "distill")
     lines = summary_of(found).splitlines()
     table = lines[lines.index("## Test split") + 2 : lines.index("## Test split") + 13]
     values = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table}
@@ -200,9 +211,11 @@ def test_the_picture_of_differences_shows_the_numbers(found):
     titles = [label.get_text() for label in axes[0].get_yticklabels()]
     assert titles == ["boolq acc", "squad F1", "squad EM", "boolq likelihood"]
     marks = [float(line.get_xdata()[0]) for line in axes[0].lines if line.get_marker() == "o"]
+    series = {"distill": ("distill", "difference"), "distill_index": ("distill_index", "difference")}
+    series["to distilled"] = ("distill_index", "difference_to_distilled")
     expected = [
-        100 * cells(found, "gpt2", "test", *column)[arm]["difference"]["mean"]
-        for arm in ("distill", "distill_index")
+        100 * cells(found, "gpt2", "test", *column)[series[arm][0]][series[arm][1]]["mean"]
+        for arm in ("distill", "distill_index", "to distilled")
         for column in (("boolq", "accuracy"), ("squad", "f1"), ("squad", "exact_match"), ("boolq", "label_likelihood"))
     ]
     assert marks == pytest.approx(expected)
