@@ -5,10 +5,11 @@ or long ago says the same. Only the alignment columns are read, never a logit.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from cache_schema.reader import CacheReader
 from cache_schema.schema import ALIGNMENT, Status
+from pipeline.markdown import markdown
 from pipeline.tasks import Example
 
 _COLUMNS = ("examples", "positions", *(status.reason for status in Status), "no_row", "truncated_contexts")
@@ -33,16 +34,4 @@ def task_table(reader: CacheReader, examples: Iterable[Example]) -> str:
     if len(counts) > 1:
         counts["all tasks"] = sum(counts.values(), Counter())
     lines = [[task, *(f"{count[name]:,}" for name in _COLUMNS)] for task, count in counts.items()]
-    return _markdown([["task", *_COLUMNS], *lines])
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The first line is the head, the first column text, the others numbers."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = [f"{'-' * widths[0]}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-
-    def row(cells: Sequence[str]) -> str:
-        padded = (cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join(map(row, [lines[0], rule, *lines[1:]]))
+    return markdown(["task", *_COLUMNS], lines)

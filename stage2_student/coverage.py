@@ -13,6 +13,7 @@ from typing import Any, get_args
 from cache_schema.reader import CacheReader
 from cache_schema.schema import ALIGNMENT, Status
 from pipeline.alignment import NONE
+from pipeline.markdown import markdown
 from pipeline.models import tokenizer_digest
 from pipeline.prompts import PromptBuilder
 from pipeline.sections import Alignment
@@ -112,9 +113,16 @@ def summary(tasks: Mapping[str, Coverage]) -> str:
 
 def table(students: Mapping[str, Mapping[str, Coverage]]) -> str:
     """Student -> task -> coverage, as a Markdown table. All shares are of the student's positions."""
-    lines: list[Sequence[str]] = [
-        ("student", "task", "examples", "positions", *(f"{mode}, %" for mode in MODES), "the same, %", "quarantined, %")
-    ]
+    head = (
+        "student",
+        "task",
+        "examples",
+        "positions",
+        *(f"{mode}, %" for mode in MODES),
+        "the same, %",
+        "quarantined, %",
+    )
+    lines: list[Sequence[str]] = []
     for student, tasks in students.items():
         rows = [*tasks.items(), *([("all", total(tasks))] if len(tasks) > 1 else [])]
         for task, counts in rows:
@@ -122,13 +130,4 @@ def table(students: Mapping[str, Mapping[str, Coverage]]) -> str:
             shares.append(f"{100 * counts.agreed / max(1, counts.positions):.1f}")
             lost = " / ".join(f"{counts.lost(mode):.1f}" for mode in MODES)
             lines.append((student, task, f"{counts.examples:,}", f"{counts.positions:,}", *shares, lost))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-
-    def drawn(line: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = "|".join(["", *("-" * (w + 2) if i < 2 else "-" * (w + 1) + ":" for i, w in enumerate(widths)), ""])
-    return "\n".join([drawn(lines[0]), rule, *map(drawn, lines[1:])])
+    return markdown(head, lines, texts=2)
