@@ -5,8 +5,8 @@ runs/<name>/
   students/<student>/alignment.json                 how many of its positions have a teacher, a task
   students/<student>/<arm>/checkpoints/step-000200/ adapter, optimizer, state
   students/<student>/<arm>/metrics.jsonl            a line a step;  tensorboard/ beside it
-  predictions/<student>/<condition>/                what was generated
-  report/                                           results.json, table.md, pictures
+  predictions/<student or reference>/<condition>/   what was generated
+  report/                                           results.json, table.md, details.md of a mixture, pictures
 """
 
 from dataclasses import dataclass
@@ -74,9 +74,9 @@ class RunDir:
     def arm(self, student: str, arm: str) -> ArmDir:
         return ArmDir(self.root / "students" / student / arm)
 
-    def predictions(self, student: str, condition: str) -> Path:
-        """condition: a baseline, or `<arm>@<step>`."""
-        return self.root / "predictions" / student / condition
+    def predictions(self, model: str, condition: str) -> Path:
+        """model: a student or a reference. condition: a baseline, or `<run>@<step>` with a run's name of an arm."""
+        return self.root / "predictions" / model / condition
 
 
 def default_cache_dir(recipe: Recipe, fingerprint: str) -> Path:

@@ -57,6 +57,16 @@ def test_one_student_of_two(run, capsys, tmp_path):
     }  # fmt: skip
 
 
+def test_a_reference_of_one_task_stands_above_the_student(run, capsys):
+    reference = f"eval.references={{plain: {{model: {run.model}, dtype: float32}}}}"
+    assert main(run.sets(reference, "eval.baselines=[zero_shot]")) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("| ")][1:5]
+    assert [row.split()[1] for row in rows] == ["plain", "zero_shot", "sft", "distill"]
+    assert rows[0].split("|")[3:6] == rows[1].split("|")[3:6]  # the same model, twice
+    assert not (run.folder / "report" / "details.md").exists()
+
+
 def test_an_unknown_student_is_named_with_the_nearest(run):
     with pytest.raises(RunError, match=r"unknown student 'toi'\. Did you mean 'toy'"):
         main([*run.arguments, "--student", "toi"])
