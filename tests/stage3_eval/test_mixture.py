@@ -203,3 +203,19 @@ def test_references_free_their_memory_before_the_next_model_is_loaded(mixture, m
     for name in recipe.eval.references:
         ModelRun(recipe, name, Blocks(recipe)).evaluate()
     assert [engine.closed for engine in loaded] == [True, True]
+
+
+def test_the_teachers_worked_examples_are_shown_for_trained_tasks_alone(mixture):
+    recipe = mixture.recipe(
+        "teacher.shots=1", "eval.baselines=[zero_shot, few_shot]", "eval.max_new_tokens=2", "data.eval_limit=4"
+    )
+    found = ModelRun(recipe, "gpt2", Blocks(recipe)).evaluate()
+    blocks = {
+        name: [block for condition, block in found.files if condition == name] for name in ("zero_shot", "few_shot")
+    }
+    assert blocks["few_shot"] == ["train", "test"]
+    assert blocks["zero_shot"] == ["train", "test", "unseen_zero_shot", "unseen_few_shot"]
+    for example in Blocks(recipe).scored[1].examples:
+        shots = Blocks(recipe).training_set.shots.of(example)
+        assert len(shots) == 1
+        assert found.answers("few_shot", "test")[example.id].prompt == prompt_digest(example, shots)
