@@ -182,7 +182,7 @@ class HFEngine:
     def _logprobs(self, model: Any, rows: list[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """The summed log-probability of each row's label after its prompt.
 
-        Rows are padded on the right, where a decoder's earlier positions do not look, so no mask is needed.
+        Rows are padded on the right, where a decoder's earlier positions do not look.
         """
         import torch
 
@@ -192,11 +192,14 @@ class HFEngine:
         device = self._base.device
         longest = max(len(prompt) + len(label) for prompt, label in rows)
         ids_BT = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-        answers_BT = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)  # rows that predict a label token
+        mask_BT = torch.zeros_like(ids_BT)
+        answers_BT = torch.zeros_like(ids_BT, dtype=torch.bool)  # where a label token is predicted
         for row, (prompt, label) in enumerate(rows):
             ids_BT[row, : len(prompt) + len(label)] = torch.tensor([*prompt, *label], device=device)
+            mask_BT[row, : len(prompt) + len(label)] = 1
             answers_BT[row, len(prompt) - 1 : len(prompt) + len(label) - 1] = True
-        hidden_NH = body_and_head(model)[0](input_ids=ids_BT, use_cache=False).last_hidden_state[answers_BT]
+        body = body_and_head(model)[0]
+        hidden_NH = body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state[answers_BT]
         targets_N = ids_BT.roll(-1, 1)[answers_BT]
         return summed_logprobs(self._head(hidden_NH), targets_N, [len(label) for _, label in rows])
 
