@@ -1,4 +1,4 @@
-"""The blocks of examples that results are reported for. Called by `evaluate`, `answers` and `results`.
+"""The blocks of examples that results are reported for. Called by `evaluate`, `answers` and `report.results`.
 
     train, validation, test   the recipe's eval.splits, over the tasks that are trained on
     unseen_zero_shot          the tasks that are not (train: 0): the bare prompt

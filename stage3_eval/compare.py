@@ -1,4 +1,4 @@
-"""Statistics of scores: how sure a number is, and whether two arms differ. Pure; called by `results`.
+"""Statistics of scores: how sure a number is, and whether two arms differ. Pure; called by `report.results`.
 
 Two conditions are always compared on the same examples, pair by pair. Right-or-wrong scores get exact tests of
 proportions, other scores the bootstrap (seeded, so a report is a function of its predictions). A corpus score (BLEU)

@@ -1,4 +1,4 @@
-"""From predictions to numbers: no file is written, no model of the run is loaded. Called by `evaluate` and `results`.
+"""From predictions to numbers: no file is written, no model of the run is loaded. Called by `evaluate` and `report`.
 
 A prediction is scored by its task, by the metrics of `stage3_eval.metrics`, or by both. An answer that a metric cannot
 read counts as wrong and is counted apart as unparsable. A prediction that is not there is an error, never a wrong

@@ -1,4 +1,4 @@
-"""Scores of what was answered, each computed once. Called by `results`, which asks for the same ones several times."""
+"""Scores of what was answered, each computed once. Called by `report.results`, which asks for them again and again."""
 
 from collections.abc import Sequence
 

@@ -88,7 +88,7 @@ class Subject:
         """
         settings, batch_size = self.settings, self._recipe.eval.batch_size
         if not isinstance(settings, Reference) and self.engine == "vllm":
-            from stage3_eval.generate_vllm import VLLMEngine
+            from stage3_eval.generate.vllm import VLLMEngine
 
             device = self._recipe.runtime.device
             return VLLMEngine(self.source, settings.dtype, settings.lora.r, longest, adapters, device)
@@ -98,9 +98,9 @@ class Subject:
         load = load_seq2seq_lm if self.seq2seq else load_causal_lm
         model = load(self.source, settings.dtype, quantization, device_of(self._recipe))
         if self.seq2seq:
-            from stage3_eval.generate_seq2seq import Seq2SeqEngine
+            from stage3_eval.generate.seq2seq import Seq2SeqEngine
 
             return Seq2SeqEngine(model, batch_size)
-        from stage3_eval.generate_hf import HFEngine
+        from stage3_eval.generate.hf import HFEngine
 
         return HFEngine(model, batch_size)

@@ -149,6 +149,11 @@ def _load(source: Any, layer: int) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise RunError(f"eval.metrics.bert_score_model={source.location}: {first}; {_ELSE}") from None
+    if tokenizer.pad_token_id is None:
+        raise RunError(
+            f"eval.metrics.bert_score_model={source.location}: its tokenizer has no pad_token, which an encoder that "
+            f"reads texts in batches needs; {_ELSE}"
+        )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))  # made of the last layer
     if missing:
         raise RunError(

@@ -13,7 +13,7 @@ from pipeline.tasks import Example
 from stage3_eval import evaluate
 from stage3_eval.blocks import Blocks, first_of_each
 from stage3_eval.evaluate import ModelRun
-from stage3_eval.generate_hf import HFEngine
+from stage3_eval.generate.hf import HFEngine
 from stage3_eval.subject import Subject
 
 

@@ -7,7 +7,7 @@ import toys
 from toy_adapters import write_adapter
 
 from pipeline.errors import RunError
-from stage3_eval.generate_hf import HFEngine
+from stage3_eval.generate.hf import HFEngine
 
 NEW = 12
 NEVER = 1  # <|pad|>: a token the oracle may write too, but which ends nothing there

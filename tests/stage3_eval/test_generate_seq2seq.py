@@ -4,7 +4,7 @@ import pytest
 import toys
 
 from pipeline.errors import RunError
-from stage3_eval.generate_seq2seq import Seq2SeqEngine
+from stage3_eval.generate.seq2seq import Seq2SeqEngine
 
 NEW = 12
 NEVER = 2  # <|start|>: ends nothing where it is the end token and is not written

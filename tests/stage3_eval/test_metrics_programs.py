@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pipeline.errors import RunError
 from pipeline.sections import Metrics
 from pipeline.tasks import Example, NoOptions, get_task
-from stage3_eval.inside import plain, value_of
 from stage3_eval.metrics import check_available, describe, metric_module
 from stage3_eval.metrics.asserts import Assertion, defined_names, imports_of, split
 from stage3_eval.metrics.programs import parses, program_of
 from stage3_eval.predictions import Prediction
+from stage3_eval.sandbox.inside import plain, value_of
 
 DATA = os.environ.get("LOGITBANK_DATA")
 SETTINGS = Metrics(code_timeout_s=20)

@@ -10,14 +10,13 @@ from pipeline.errors import RunError
 from pipeline.recipe import load_recipe
 from pipeline.run_dir import RunDir
 from pipeline.tasks import Example
-from stage3_eval import pictures
 from stage3_eval.blocks import Block
 from stage3_eval.conditions import Condition, TrainedRun
 from stage3_eval.evaluate import Evaluated
 from stage3_eval.predictions import Prediction, PredictionFile
-from stage3_eval.report import read_losses, write_report
-from stage3_eval.results import reference_arm, results
-from stage3_eval.tables import tables_of
+from stage3_eval.report import pictures, read_losses, write_report
+from stage3_eval.report.results import reference_arm, results
+from stage3_eval.report.tables import tables_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "stage3_table.md"
 EXAMPLES = tuple(Example(f"test/{i:02d}", "gsm8k", "?", f"#### {i}") for i in range(20))

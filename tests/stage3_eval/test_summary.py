@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 
 from pipeline.recipe import load_recipe
 from pipeline.tasks import Example
-from stage3_eval import pictures
 from stage3_eval.blocks import Block
 from stage3_eval.compare import Z_95, difference, holm, over_seeds, p_over_seeds, wilson
 from stage3_eval.conditions import Condition, TrainedRun
 from stage3_eval.evaluate import Evaluated
 from stage3_eval.predictions import Prediction, PredictionFile
-from stage3_eval.report import write_report
-from stage3_eval.results import results
-from stage3_eval.summary import summary_of
+from stage3_eval.report import pictures, write_report
+from stage3_eval.report.results import results
+from stage3_eval.report.summary import summary_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "stage3_summary.md"
 BOOLQ = tuple(

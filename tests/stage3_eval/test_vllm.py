@@ -29,7 +29,7 @@ import json, sys
 from pathlib import Path
 if __name__ == "__main__":
     from pipeline.models import locate
-    from stage3_eval.generate_vllm import VLLMEngine
+    from stage3_eval.generate.vllm import VLLMEngine
     job = json.load(open(sys.argv[1]))
     longest = max(map(len, job["prompts"])) + job["max_new_tokens"]
     adapters = [adapter and Path(adapter) for adapter in job["adapters"]]
@@ -49,7 +49,7 @@ if __name__ == "__main__":
 def test_vllm_writes_what_transformers_writes_and_weighs_labels_alike(tmp_path):
     from pipeline.models import load_causal_lm, locate
     from pipeline.prompts import PromptBuilder
-    from stage3_eval.generate_hf import HFEngine
+    from stage3_eval.generate.hf import HFEngine
 
     # Weights this large make the best token stand out, so that no rounding can turn a choice.
     model = toys.tiny_qwen3(tmp_path / "model", head_dim=32, initializer_range=0.5)  # vLLM has no kernel for heads of 8
@@ -113,7 +113,7 @@ def test_vllm_writes_what_transformers_writes_and_weighs_labels_alike(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_the_error_names_what_to_install(tmp_path):
     from pipeline.models import ModelSource
-    from stage3_eval.generate_vllm import VLLMEngine
+    from stage3_eval.generate.vllm import VLLMEngine
 
     with pytest.raises(RunError, match=r"pip install 'logitbank\[vllm\]'.*runtime.python.stage3_eval"):
         VLLMEngine(ModelSource(str(tmp_path), None), "float32", 4, 64, [])

@@ -1,6 +1,6 @@
 """The engines that answer prompts, behind one small protocol. Called by `answers`, chosen by `subject`.
 
-`generate_hf` runs decoders on transformers, `generate_seq2seq` encoder-decoders, `generate_vllm` decoders on vLLM.
+`hf` runs decoders on transformers, `seq2seq` encoder-decoders, `vllm` decoders on vLLM.
 Greedy always: a prediction is a function of the prompt and the weights. One base model serves every checkpoint of a
 student: LoRA adapters are swapped, the base is loaded once.
 """

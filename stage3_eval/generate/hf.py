@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
-from stage3_eval.batching import Batches, Rows, summed_logprobs
 from stage3_eval.generate import ADAPTER_FILE, Generated
+from stage3_eval.generate.batching import Batches, Rows, summed_logprobs
 
 _SHARED_TOKENS = 16  # a shorter common context is not worth a forward pass of its own
 

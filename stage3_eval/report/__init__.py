@@ -17,9 +17,9 @@ from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
 from stage3_eval.blocks import Block
 from stage3_eval.evaluate import Evaluated
-from stage3_eval.results import results
-from stage3_eval.summary import summary_of
-from stage3_eval.tables import tables_of
+from stage3_eval.report.results import results
+from stage3_eval.report.summary import summary_of
+from stage3_eval.report.tables import tables_of
 
 RESULTS, TABLE, DETAILS = "results.json", "table.md", "details.md"
 
@@ -32,7 +32,7 @@ def write_report(
 
     Raises RunError where a file stands in the folder's place or the disk refuses.
     """
-    from stage3_eval import pictures
+    from stage3_eval.report import pictures
 
     run_dir = RunDir.of(recipe)
     found = results(recipe, blocks, models, provenance(recipe, models, command))

@@ -22,7 +22,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from pipeline.errors import RunError
-from stage3_eval import syscalls
+from stage3_eval.sandbox import syscalls
 
 _MB = 2**20
 _FOLDER_BYTES = 16 * _MB  # of the writable folder, and of one file in it

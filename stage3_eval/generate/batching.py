@@ -1,6 +1,6 @@
 """What the engines on transformers share: batches that shrink to what memory holds, and rows that leave them.
 
-Called by `generate_hf` and `generate_seq2seq`. N rows of logits, V vocabulary.
+Called by `hf` and `seq2seq`. N rows of logits, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence

@@ -6,6 +6,7 @@ One task's tables are the whole of `table.md`; of a mixture they are `details.md
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.markdown import markdown
 from stage3_eval.blocks import UNSEEN_FEW_SHOT, UNSEEN_ZERO_SHOT
 
 
@@ -84,18 +85,6 @@ def points(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     return f"{100 * found['mean']:+.2f} [{100 * found['interval'][0]:+.2f}, {100 * found['interval'][1]:+.2f}]"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose columns line up in a terminal too; all but the first are right-aligned."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)])
 
 
 def _main_table(cells: Mapping[str, Any], references: Mapping[str, Any], reference: str | None) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stage3_eval.batching import Batches, Rows, summed_logprobs
 from stage3_eval.generate import Generated
+from stage3_eval.generate.batching import Batches, Rows, summed_logprobs
 
 
 class Seq2SeqEngine:

@@ -8,7 +8,8 @@ the labels, and what was cut or left out.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from stage3_eval.tables import block_name, markdown, notes, points
+from pipeline.markdown import markdown
+from stage3_eval.report.tables import block_name, notes, points
 
 _SHORT = {
     "accuracy": "acc",

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stage3_eval.summary import Comparison, columns_of, comparisons
-from stage3_eval.tables import block_name
+from stage3_eval.report.summary import Comparison, columns_of, comparisons
+from stage3_eval.report.tables import block_name
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a condition has one colour everywhere.
 _COLOURS = {"zero_shot": "#8c8c8c", "few_shot": "#3d3d3d", "sft": "#0072b2", "distill": "#d55e00"}
