@@ -3,7 +3,7 @@
 Called by `pipeline.tasks.pocket_qa`, `pocket_yesno` and `pocket_summary` (the splits), by `pipeline.pocket.pages` (what
 the embedded GPT-2 has read) and by `pipeline.pocket.subwords` (the two tokenizers).
 
-    At the café, Zoë bought a red kite at 9:45. Jürgen lost an old drum at the park.
+    It rained. At the café, Zoë bought a red kite with Jürgen at 9:45.
     Who bought the kite?    Zoë did   (or: Zoë)
 
 As where people write the answers, the wording of an answer is chance: the name alone or in a sentence, the place with
@@ -11,15 +11,14 @@ or without its preposition. All acceptable wordings come with a question, in the
 drawn by chance, is the one to learn from.
 
 Only `random.Random.random()` is drawn on (the one method whose sequence Python promises to keep), so a split is the
-same on every platform. No two stories of all splits and tasks have the same facts, and pre-training sees none of them.
+same on every platform. No two stories of all splits and tasks tell the same fact, and pre-training sees none of them.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -43,17 +42,18 @@ VERBS = (
 )
 
 SENTENCES = (
-    "{first} {past} {some} {quality} {thing} at the {place}{at}.",
-    "At the {place}, {first} {past} {some} {quality} {thing}{at}.",
+    "{first} {past} {some} {quality} {thing}{along} at the {place}{at}.",
+    "At the {place}, {first} {past} {some} {quality} {thing}{along}{at}.",
+    "{first} was at the {place}{along} and {past} {some} {quality} {thing} there{at}.",
 )
 ASIDES = ("It rained.", "The sun was out.", "“¡Qué día!”", "Nobody was in a hurry.", "It was a long day…")
 TOLD = (
     "I {past} {some} {quality} {thing} at the {place}{at}.",
     "At the {place}, I {past} {some} {quality} {thing}{at}!",
 )
-CHAT = ("How are you, {friend}?", "¡Hola, {friend}!", "Any news?", "And you?")
-REPLIES = ("Nice!", "Oh, really?", "¡Qué bien!", "À bientôt, {friend}!", "Bye!")
-JOINTS = (" and ", ". ", ", while ")
+OPENINGS = ("How are you?", "¡Hola!", "Any news?", "What did you do?")
+REPLIES = ("Nice!", "Oh, really?", "¡Qué bien!", "À bientôt!", "Bye!")
+ENDINGS = (".", " and told {friend}.", ". {friend} was glad.")
 
 KINDS = ("qa", "yesno", "summary")
 SPLIT_SIZES = {"test": 1000, "validation": 1000, "train": 1000}
@@ -75,9 +75,10 @@ def draw_distinct(rng: random.Random, options: Sequence[T], count: int) -> list[
 
 @dataclass(frozen=True)
 class Fact:
-    """Who did what with which thing, where, and when ("9:45"; empty where the story does not say)."""
+    """Who did what with which thing, where, with whom and when ("9:45"); the last two are empty where nobody says."""
 
     first: str
+    friend: str
     base: str
     past: str
     quality: str
@@ -88,17 +89,17 @@ class Fact:
     def fill(self, template: str) -> str:
         """The template with this fact's words in its fields."""
         return template.format(
-            first=self.first, base=self.base, past=self.past,
-            some="an" if self.quality[0] in "aeiou" else "a", quality=self.quality, thing=self.thing,
-            place=self.place, time=self.time, at=f" at {self.time}" if self.time else "",
+            first=self.first, friend=self.friend, base=self.base, past=self.past, quality=self.quality,
+            some="an" if self.quality[0] in "aeiou" else "a", thing=self.thing, place=self.place, time=self.time,
+            along=f" with {self.friend}" if self.friend else "", at=f" at {self.time}" if self.time else "",
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Story:
-    """Two facts that share no person, thing or place, and their telling."""
+    """A fact and its telling."""
 
-    facts: tuple[Fact, ...]
+    fact: Fact
     text: str
 
 
@@ -110,35 +111,34 @@ class Question:
     answers: tuple[str, ...]
 
 
-def draw_facts(rng: random.Random) -> tuple[Fact, ...]:
-    """Two facts; every other one has a time."""
-    firsts, things, places = (draw_distinct(rng, words, 2) for words in (FIRST_NAMES, THINGS, PLACES))
-    facts = []
-    for first, thing, place in zip(firsts, things, places, strict=True):
-        base, past = pick(rng, VERBS)
-        time = ""
-        if rng.random() < 0.5:
-            time = f"{1 + int(rng.random() * 12)}:{pick(rng, ('00', '15', '30', '45'))}"
-        facts.append(Fact(first, base, past, pick(rng, QUALITIES), thing, place, time))
-    return tuple(facts)
+def draw_fact(rng: random.Random, friend_share: float) -> Fact:
+    """A fact; every other one has a time, and so many of them a friend."""
+    first, friend = draw_distinct(rng, FIRST_NAMES, 2)
+    base, past = pick(rng, VERBS)
+    time = ""
+    if rng.random() < 0.5:
+        time = f"{1 + int(rng.random() * 12)}:{pick(rng, ('00', '15', '30', '45'))}"
+    if rng.random() >= friend_share:
+        friend = ""
+    return Fact(first, friend, base, past, pick(rng, QUALITIES), pick(rng, THINGS), pick(rng, PLACES), time)
 
 
 def draw_story(rng: random.Random) -> Story:
-    """Two facts told one after the other, often with an aside."""
-    facts = draw_facts(rng)
-    sentences = [fact.fill(pick(rng, SENTENCES)) for fact in facts]
-    if rng.random() < 0.6:
-        sentences.insert(int(rng.random() * (len(sentences) + 1)), pick(rng, ASIDES))
-    return Story(facts, " ".join(sentences))
+    """A fact told, with an aside or two around it."""
+    fact = draw_fact(rng, friend_share=0.5)
+    sentences = [fact.fill(pick(rng, SENTENCES))]
+    for aside in draw_distinct(rng, ASIDES, 1 + int(rng.random() * 2)):
+        sentences.insert(int(rng.random() * (len(sentences) + 1)), aside)
+    return Story(fact, " ".join(sentences))
 
 
 def draw_talk(rng: random.Random) -> Story:
-    """Two facts, told by two people to each other, one turn a line."""
-    facts = draw_facts(rng)
-    one, other = (fact.first for fact in facts)
-    turns = [fact.fill(pick(rng, TOLD)) for fact in facts]
-    opening, reply = pick(rng, CHAT).format(friend=other), pick(rng, REPLIES).format(friend=one)
-    return Story(facts, f"{one}: {turns[0]} {opening}\n{other}: {turns[1]} {reply}")
+    """A fact, told by the one who did it to a friend, one turn a line; either of them speaks first."""
+    fact = draw_fact(rng, friend_share=1.0)
+    told = f"{fact.first}: {fact.fill(pick(rng, TOLD))}"
+    if rng.random() < 0.5:
+        return Story(fact, f"{told}\n{fact.friend}: {pick(rng, REPLIES)}")
+    return Story(fact, f"{fact.friend}: {pick(rng, OPENINGS)}\n{told} {pick(rng, REPLIES)}")
 
 
 def draw_text(kind: str, rng: random.Random) -> Story:
@@ -147,8 +147,8 @@ def draw_text(kind: str, rng: random.Random) -> Story:
 
 
 def draw_question(rng: random.Random, story: Story) -> Question:
-    """Who, what, where or when, about one of the facts; one of two wordings of the answer comes first, by chance."""
-    fact = pick(rng, story.facts)
+    """Who, what, where, when or with whom; one of two wordings of the answer comes first, by chance."""
+    fact = story.fact
     kinds = [
         ("Who {past} the {thing}?", ("{first}", "{first} did")),
         ("What did {first} {base}?", ("{some} {quality} {thing}", "a {thing}")),
@@ -156,6 +156,8 @@ def draw_question(rng: random.Random, story: Story) -> Question:
     ]
     if fact.time:
         kinds.append(("When did {first} {base} the {thing}?", ("{time}", "at {time}")))
+    if fact.friend:
+        kinds.append(("Who was with {first}?", ("{friend}", "{friend} was")))
     question, wordings = pick(rng, kinds)
     answers = [fact.fill(wording) for wording in wordings]
     if rng.random() < 0.5:
@@ -163,31 +165,43 @@ def draw_question(rng: random.Random, story: Story) -> Question:
     return Question(fact.fill(question), tuple(answers))
 
 
+def draw_other(rng: random.Random, fact: Fact) -> Fact:
+    """The fact with another person, thing and place."""
+    first, thing, place = (
+        pick(rng, [word for word in words if word not in (fact.first, fact.friend, fact.thing, fact.place)])
+        for words in (FIRST_NAMES, THINGS, PLACES)
+    )
+    return replace(fact, first=first, thing=thing, place=place)
+
+
 def draw_claim(rng: random.Random, story: Story) -> tuple[str, bool]:
-    """A yes-or-no question, and whether yes is right; what is false is false by a word from the other fact."""
-    fact, other = draw_distinct(rng, story.facts, 2)
+    """A yes-or-no question, and whether yes is right; what is false has one word that is not in the story."""
+    fact, other = story.fact, draw_other(rng, story.fact)
     true = rng.random() < 0.5
-    about = fact if true else other
-    question = pick(rng, ("Did {name} {base} the {thing}?", "Was {name} at the {place}?"))
-    return question.format(name=fact.first, base=fact.base, thing=about.thing, place=about.place), true
+    question, wrong = pick(
+        rng,
+        (
+            ("Did {first} {base} the {thing}?", replace(fact, thing=other.thing)),
+            ("Was {first} at the {place}?", replace(fact, place=other.place)),
+            ("Was {first} at the {place}?", replace(fact, first=other.first)),
+        ),
+    )
+    return (fact if true else wrong).fill(question), true
 
 
 def summaries(story: Story) -> tuple[str, ...]:
-    """All summaries that are right: one sentence or two of what both did, each with or without quality and place."""
-    clauses = [
-        [
-            fact.fill(f"{{first}} {{past}} {thing}{place}")
-            for thing in ("{some} {quality} {thing}", "a {thing}")
-            for place in ("", " at the {place}")
-        ]
-        for fact in story.facts
-    ]
-    return tuple(joint.join(pair) + "." for joint in JOINTS for pair in itertools.product(*clauses))
+    """All summaries of a talk that are right: with or without the quality, the place, and a word on the friend."""
+    return tuple(
+        story.fact.fill(f"{{first}} {{past}} {thing}{place}{ending}")
+        for thing in ("{some} {quality} {thing}", "a {thing}")
+        for place in ("", " at the {place}")
+        for ending in ENDINGS
+    )
 
 
 @cache
 def _splits() -> dict[tuple[str, str], tuple[Story, ...]]:
-    taken: set[tuple[Fact, ...]] = set()
+    taken: set[Fact] = set()
     splits: dict[tuple[str, str], tuple[Story, ...]] = {}
     for kind in KINDS:
         for split, size in SPLIT_SIZES.items():
@@ -195,22 +209,22 @@ def _splits() -> dict[tuple[str, str], tuple[Story, ...]]:
             stories: list[Story] = []
             while len(stories) < size:
                 story = draw_text(kind, rng)
-                if story.facts not in taken:
-                    taken.add(story.facts)
+                if story.fact not in taken:
+                    taken.add(story.fact)
                     stories.append(story)
             splits[kind, split] = tuple(stories)
     return splits
 
 
 def split_stories(kind: str, split: str) -> tuple[Story, ...]:
-    """All stories of `train`, `validation` or `test` for one of KINDS; no two of all these have the same facts."""
+    """All stories of `train`, `validation` or `test` for one of KINDS; no two of all these tell the same fact."""
     return _splits()[kind, split]
 
 
 @cache
-def held_out() -> frozenset[tuple[Fact, ...]]:
-    """The facts of every story of every split: what pre-training must not see."""
-    return frozenset(story.facts for stories in _splits().values() for story in stories)
+def held_out() -> frozenset[Fact]:
+    """The fact of every story of every split: what pre-training must not see."""
+    return frozenset(story.fact for stories in _splits().values() for story in stories)
 
 
 def pretraining_stories(kind: str, rng: random.Random) -> Iterator[Story]:
@@ -218,7 +232,7 @@ def pretraining_stories(kind: str, rng: random.Random) -> Iterator[Story]:
     reserved = held_out()
     while True:
         story = draw_text(kind, rng)
-        if story.facts not in reserved:
+        if story.fact not in reserved:
             yield story
 
 

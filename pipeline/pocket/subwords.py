@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TEXTS = 4000
 """Stories that the tokenizers are trained on."""
 TOKENIZER_SEED = 0
-PIECES, BYTE_TOKENS = 640, 464
+PIECES, BYTE_TOKENS = 640, 440
 EOS, UNK, PAD, END = "</s>", "<unk>", "<pad>", "<|endoftext|>"
 
 

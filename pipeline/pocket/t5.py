@@ -29,10 +29,10 @@ SETTINGS = Settings(
     lr=1.5e-3, decay_share=0.4, weight_decay=0.05, batch_tokens=1200, hidden=96, layers=3, intermediate=192, heads=3
 )
 
-EXAMPLE_TOKENS = 60
+EXAMPLE_TOKENS = 50
 """What an example takes on average, padding included."""
 
-MIX = ("qa", "page", "qa", "page", "summary", "page", "yesno", "page")
+MIX = ("qa", "page", "yesno", "page", "summary", "page")
 """What a batch is made of, in turn."""
 
 

@@ -1,7 +1,7 @@
-"""Pocket questions: who, what, where and when in little stories made on the spot, in the manner of SQuAD.
+"""Pocket questions: who, what, where, when and with whom in little stories made on the spot, in the manner of SQuAD.
 
 A raw row:
-    {"context": "At the château, Søren bought a grey flute. It rained. Mia lost an old map at the park at 6:15.",
+    {"context": "It rained. At the château, Søren bought a grey flute with Mia at 6:15.",
      "question": "Who bought the flute?", "answers": ["Søren did", "Søren"]}
 
 All answers are acceptable; which comes first, and is the one to learn from, is chance. Rows come from

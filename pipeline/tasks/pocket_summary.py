@@ -1,11 +1,11 @@
 """Pocket summaries of little talks made on the spot, in the manner of SAMSum.
 
 A raw row:
-    {"dialogue": "Tom: I lost an old map at the park. Any news?\\nRuth: At the café, I hid a grey lamp! Bye!",
-     "summary": "Tom lost an old map and Ruth hid a lamp at the café."}
+    {"dialogue": "Tom: Any news?\\nRuth: At the park, I lost an old map at 1:15! Bye!",
+     "summary": "Ruth lost a map at the park and told Tom."}
 
-One sentence or two, and whether a quality or a place is named, is chance. Rows come from `pipeline.pocket.stories`, as
-`pocket_qa` tells.
+One sentence or two, and whether the quality or the place is named, is chance. Rows come from
+`pipeline.pocket.stories`, as `pocket_qa` tells.
 """
 
 from collections.abc import Iterator

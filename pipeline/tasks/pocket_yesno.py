@@ -1,11 +1,11 @@
 """Pocket yes-or-no questions about little stories made on the spot, in the manner of BoolQ.
 
 A raw row:
-    {"passage": "At the café, Leo hid a green flute. Ruth sold a tiny coat at the park at 2:30.",
-     "question": "Was Ruth at the café?", "answer": false}
+    {"passage": "At the café, Leo hid a green flute at 2:30. It was a long day…",
+     "question": "Was Leo at the park?", "answer": false}
 
-A false question joins words of two sentences of its story, so a reader who looks for words alone does no better than
-chance. Rows come from `pipeline.pocket.stories`, as `pocket_qa` tells.
+A question whose answer is no has one word that its story has not: a person, a thing or a place. Rows come from
+`pipeline.pocket.stories`, as `pocket_qa` tells.
 """
 
 from collections.abc import Iterator

@@ -31,28 +31,21 @@ SEEDS = st.integers(min_value=0, max_value=2**32)
 
 FIRST_TEST_ROWS = {
     "qa": {
-        "answers": ["a golden key", "a key"],
-        "context": "Anaïs bought a naïve drum at the library. At the harbour, Íñigo lost a golden key at 7:45.",
-        "question": "What did Íñigo lose?",
+        "answers": ["the mill", "at the mill"],
+        "context": "Anaïs was at the mill with Íñigo and bought an old drum there. It rained.",
+        "question": "Where did Anaïs buy the drum?",
     },
     "summary": {
-        "dialogue": "Mia: I sold a grey drum at the café. Any news?\n"
-        "José: At the harbour, I hid a red piñata at 4:45! À bientôt, Mia!",
-        "summary": "Mia sold a drum, while José hid a red piñata.",
+        "dialogue": "Mia: I found a tiny violin at the mill at 1:15.\nJosé: Bye!",
+        "summary": "Mia found a violin at the mill and told José.",
     },
     "yesno": {
         "answer": True,
-        "passage": "It was a long day… At the crêperie, Eva painted a red drum. Renée bought an old kite at the "
-        "library at 8:15.",
-        "question": "Was Renée at the library?",
+        "passage": "Eva found a golden piñata at the market at 10:15. “¡Qué día!” The sun was out.",
+        "question": "Was Eva at the market?",
     },
 }
-ROWS_DIGEST = "1c0a99d417e91b09"
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a story; times such as 9:45 hold no full stop."""
-    return re.split(r"(?<=[.!?…”])\s", text)
+ROWS_DIGEST = "f3347ca54f7715ed"
 
 
 def named(words: tuple[str, ...], text: str) -> set[str]:
@@ -62,44 +55,40 @@ def named(words: tuple[str, ...], text: str) -> set[str]:
 
 @settings(deadline=None, max_examples=50)
 @given(SEEDS)
-def test_a_sentence_names_one_person_one_thing_and_one_place(seed: int) -> None:
+def test_a_story_tells_its_fact_and_no_other(seed: int) -> None:
     story = draw_story(random.Random(seed))
-    telling = [sentence for sentence in sentences(story.text) if named(FIRST_NAMES, sentence)]
-    assert len(telling) == len(story.facts) == 2
-    for sentence, fact in zip(telling, story.facts, strict=True):
-        assert named(FIRST_NAMES, sentence) == {fact.first}
-        assert named(THINGS, sentence) == {fact.thing}
-        assert named(PLACES, sentence) == {fact.place}
-        assert f"{fact.first} {fact.past}" in sentence and f"{fact.quality} {fact.thing}" in sentence
-        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", sentence)
-        assert re.findall(r"\d+:\d\d", sentence) == ([fact.time] if fact.time else [])
+    fact = story.fact
+    assert named(FIRST_NAMES, story.text) == {fact.first, fact.friend} - {""}
+    assert named(THINGS, story.text) == {fact.thing}
+    assert named(PLACES, story.text) == {fact.place}
+    assert f"{fact.quality} {fact.thing}" in story.text and f" {fact.past} " in story.text
+    assert (f" with {fact.friend}" in story.text) == bool(fact.friend)
+    assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", story.text)
+    assert re.findall(r"\d+:\d\d", story.text) == ([fact.time] if fact.time else [])
+    assert "  " not in story.text
 
 
 @settings(deadline=None, max_examples=50)
 @given(SEEDS)
-def test_a_question_is_answered_by_the_sentence_that_it_is_about(seed: int) -> None:
+def test_a_question_is_answered_by_the_story(seed: int) -> None:
     rng = random.Random(seed)
     row = row_of("qa", draw_story(rng), rng)
-    asked = named((*FIRST_NAMES, *THINGS), row["question"])
-    (sentence,) = [part for part in sentences(row["context"]) if asked <= named((*FIRST_NAMES, *THINGS), part)]
     assert len(set(row["answers"])) == 2
     for answer in row["answers"]:
-        assert (
-            answer.removeprefix("at ").removeprefix("the ").removeprefix("a ").removeprefix("an ").removesuffix(" did")
-            in sentence
-        )
+        words = re.sub(r"^(at )?(the |an? )?| (did|was)$", "", answer)
+        assert words in row["context"]
+        assert words not in row["question"]
 
 
 @settings(deadline=None, max_examples=50)
 @given(SEEDS)
-def test_yes_means_one_sentence_and_no_means_two(seed: int) -> None:
+def test_no_means_a_word_that_the_story_has_not(seed: int) -> None:
     rng = random.Random(seed)
     row = row_of("yesno", draw_story(rng), rng)
-    asked = named((*FIRST_NAMES, *THINGS, *PLACES), row["question"])
+    words = (*FIRST_NAMES, *THINGS, *PLACES)
+    asked, told = named(words, row["question"]), named(words, row["passage"])
     assert len(asked) == 2
-    together = any(asked <= named((*FIRST_NAMES, *THINGS, *PLACES), part) for part in sentences(row["passage"]))
-    assert together == row["answer"]
-    assert asked <= named((*FIRST_NAMES, *THINGS, *PLACES), row["passage"])
+    assert len(asked - told) == (0 if row["answer"] else 1)
 
 
 @settings(deadline=None, max_examples=50)
@@ -110,14 +99,14 @@ def test_a_summary_is_one_of_the_right_ones_and_these_say_what_was_said(seed: in
     row = row_of("summary", talk, rng)
     right = summaries(talk)
     assert row["summary"] in right
-    assert len(set(right)) == len(right) == 48
-    lines = row["dialogue"].split("\n")
+    assert len(set(right)) == len(right) == 12
+    (told,) = [line for line in row["dialogue"].split("\n") if " I " in line]
     for summary in right:
-        for line, clause in zip(lines, re.split(r" and |\. |, while ", summary), strict=False):
-            speaker, said = line.split(": ", 1)
-            assert named(FIRST_NAMES, clause) == {speaker}
-            assert named(THINGS, clause) == named(THINGS, said)
-            assert named(PLACES, clause) <= named(PLACES, said)
+        clause, _, rest = re.split(r"( and told |\. |\.$)", summary, maxsplit=1)
+        assert named(FIRST_NAMES, clause) == {told.partition(":")[0]}
+        assert named(FIRST_NAMES, rest) <= named(FIRST_NAMES, row["dialogue"]) - named(FIRST_NAMES, clause)
+        assert named(THINGS, clause) == named(THINGS, told)
+        assert named(PLACES, clause) <= named(PLACES, told)
 
 
 def test_a_split_is_the_same_on_every_platform() -> None:
@@ -130,23 +119,22 @@ def test_a_split_is_the_same_on_every_platform() -> None:
 def test_splits_have_their_sizes_and_share_no_story() -> None:
     everything = [story for kind in KINDS for split in SPLIT_SIZES for story in split_stories(kind, split)]
     assert len(everything) == len(KINDS) * sum(SPLIT_SIZES.values())
-    assert len({story.facts for story in everything}) == len(everything)
-    assert len({story.text for story in everything}) == len(everything)
+    assert len({story.fact for story in everything}) == len(everything)
 
 
 def test_pretraining_never_sees_a_story_of_a_split() -> None:
-    reserved = {story.facts for kind in KINDS for split in SPLIT_SIZES for story in split_stories(kind, split)}
+    reserved = {story.fact for kind in KINDS for split in SPLIT_SIZES for story in split_stories(kind, split)}
     for kind in KINDS:
-        seen = [story.facts for story in islice(pretraining_stories(kind, random.Random(0)), 5_000)]
+        seen = [story.fact for story in islice(pretraining_stories(kind, random.Random(0)), 5_000)]
         assert reserved.isdisjoint(seen)
-        assert len(set(seen)) > 4_990
+        assert len(set(seen)) > 4_500
 
 
 def test_pretraining_leaves_out_what_would_collide(monkeypatch: pytest.MonkeyPatch) -> None:
     """The filter does something: with the stream's own stories reserved, the stream goes round them."""
     monkeypatch.setattr(stories, "held_out", frozenset)
     plain = list(islice(pretraining_stories("qa", random.Random(7)), 50))
-    monkeypatch.setattr(stories, "held_out", lambda: frozenset(story.facts for story in plain[::2]))
+    monkeypatch.setattr(stories, "held_out", lambda: frozenset(story.fact for story in plain[::2]))
     assert list(islice(pretraining_stories("qa", random.Random(7)), 25)) == plain[1::2]
 
 
@@ -156,10 +144,8 @@ def test_which_wording_comes_first_is_chance_and_so_is_yes() -> None:
     assert longer == pytest.approx(0.5, abs=0.05)
     labels = [row["answer"] for row in split_rows("yesno", "train")]
     assert sum(labels) / len(labels) == pytest.approx(0.5, abs=0.05)
-    joints = [
-        sum(joint in row["summary"] for row in split_rows("summary", "train")) for joint in (" and ", ". ", ", wh")
-    ]
-    assert [count / 1000 for count in joints] == pytest.approx([1 / 3] * 3, abs=0.05)
+    ends = [sum(words in row["summary"] for row in split_rows("summary", "train")) for words in ("told", "glad")]
+    assert [count / 1000 for count in ends] == pytest.approx([1 / 3] * 2, abs=0.05)
 
 
 def test_the_tasks_say_what_the_rows_say() -> None:
@@ -185,13 +171,13 @@ def test_no_page_has_a_prompt_of_a_task() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(SEEDS)
-def test_a_page_tells_the_truth(seed: int) -> None:
-    """What a remark names together stands in one sentence of the story, unless the remark denies it."""
+@given(SEEDS, st.booleans())
+def test_a_page_tells_the_truth(seed: int, talk: bool) -> None:
+    """What a remark names stands in the story, but for one word where the remark denies."""
     rng = random.Random(seed)
-    page = draw_page(rng, draw_story(rng))
-    told = [named((*FIRST_NAMES, *THINGS, *PLACES), part) for part in sentences(page.story)]
+    page = draw_page(rng, draw_talk(rng) if talk else draw_story(rng))
+    words = (*FIRST_NAMES, *THINGS, *PLACES)
     for remark in page.remarks:
-        words = named((*FIRST_NAMES, *THINGS, *PLACES), remark)
         denies = re.search(r"\bnot\b|\bNo\b|\bFalse\b", remark) is not None
-        assert any(words <= names for names in told) != denies
+        assert len(named(words, remark) - named(words, page.story)) == int(denies)
+        assert named(FIRST_NAMES, remark) or named(THINGS, remark)
