@@ -38,7 +38,7 @@ class Settings:
     lr: float = 3e-3
     warmup_steps: int = 100
     decay_share: float = 0.5  # the learning rate is constant, then falls to zero over this last share of the run
-    short_share: float = 0.4  # short and easy texts during this first share of the run
+    short_share: float = 0.4  # documents of 1 to 2, then 1 to 4 problems during this first share (decoder only)
     weight_decay: float = 0.1
     question_weight: float = 0.1  # loss weight of tokens that are mostly chance; an answer's is 1
     batch_tokens: int = 900  # of one batch, roughly

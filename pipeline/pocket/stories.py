@@ -46,7 +46,8 @@ SENTENCES = (
     "At the {place}, {first} {past} {some} {quality} {thing}{along}{at}.",
     "{first} was at the {place}{along} and {past} {some} {quality} {thing} there{at}.",
 )
-ASIDES = ("It rained.", "The sun was out.", "“¡Qué día!”", "Nobody was in a hurry.", "It was a long day…")
+RAIN = "It rained."
+ASIDES = (RAIN, "The sun was out.", "“¡Qué día!”", "Nobody was in a hurry.", "It was a long day…")
 TOLD = (
     "I {past} {some} {quality} {thing} at the {place}{at}.",
     "At the {place}, I {past} {some} {quality} {thing}{at}!",
@@ -175,7 +176,10 @@ def draw_other(rng: random.Random, fact: Fact) -> Fact:
 
 
 def draw_claim(rng: random.Random, story: Story) -> tuple[str, bool]:
-    """A yes-or-no question, and whether yes is right; what is false has one word that is not in the story."""
+    """A yes-or-no question and whether yes is right: was anyone there, did it rain, is there an hour, is a word right.
+
+    Where the word is not, it is one that the story does not have.
+    """
     fact, other = story.fact, draw_other(rng, story.fact)
     true = rng.random() < 0.5
     question, wrong = pick(
@@ -186,7 +190,13 @@ def draw_claim(rng: random.Random, story: Story) -> tuple[str, bool]:
             ("Was {first} at the {place}?", replace(fact, first=other.first)),
         ),
     )
-    return (fact if true else wrong).fill(question), true
+    claims = (
+        (fact.fill("Was {first} alone?"), not fact.friend),
+        ("Did it rain?", RAIN in story.text),
+        ("Do we know the hour?", bool(fact.time)),
+        ((fact if true else wrong).fill(question), true),
+    )
+    return pick(rng, claims)
 
 
 def summaries(story: Story) -> tuple[str, ...]:

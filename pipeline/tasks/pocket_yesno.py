@@ -2,10 +2,10 @@
 
 A raw row:
     {"passage": "At the café, Leo hid a green flute at 2:30. It was a long day…",
-     "question": "Was Leo at the park?", "answer": false}
+     "question": "Was Leo alone?", "answer": true}
 
-A question whose answer is no has one word that its story has not: a person, a thing or a place. Rows come from
-`pipeline.pocket.stories`, as `pocket_qa` tells.
+A question is about company, the weather, the hour, or about a person with a thing or a place, one of which is wrong
+where the answer is no. Three answers in five are no. Rows come from `pipeline.pocket.stories`, as `pocket_qa` tells.
 """
 
 from collections.abc import Iterator

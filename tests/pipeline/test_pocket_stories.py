@@ -42,10 +42,10 @@ FIRST_TEST_ROWS = {
     "yesno": {
         "answer": True,
         "passage": "Eva found a golden piñata at the market at 10:15. “¡Qué día!” The sun was out.",
-        "question": "Was Eva at the market?",
+        "question": "Do we know the hour?",
     },
 }
-ROWS_DIGEST = "f3347ca54f7715ed"
+ROWS_DIGEST = "5fa7d69ddf4f8950"
 
 
 def named(words: tuple[str, ...], text: str) -> set[str]:
@@ -82,13 +82,22 @@ def test_a_question_is_answered_by_the_story(seed: int) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(SEEDS)
-def test_no_means_a_word_that_the_story_has_not(seed: int) -> None:
+def test_yes_is_what_the_story_says(seed: int) -> None:
     rng = random.Random(seed)
     row = row_of("yesno", draw_story(rng), rng)
+    passage, question = row["passage"], row["question"]
     words = (*FIRST_NAMES, *THINGS, *PLACES)
-    asked, told = named(words, row["question"]), named(words, row["passage"])
-    assert len(asked) == 2
-    assert len(asked - told) == (0 if row["answer"] else 1)
+    asked, told = named(words, question), named(words, passage)
+    if question == "Did it rain?":
+        expected = "It rained." in passage
+    elif question == "Do we know the hour?":
+        expected = re.search(r"\d:\d\d", passage) is not None
+    elif question.endswith("alone?"):
+        expected = len(named(FIRST_NAMES, passage)) == 1
+    else:
+        assert len(asked) == 2 and len(asked - told) <= 1
+        expected = asked <= told
+    assert row["answer"] == expected
 
 
 @settings(deadline=None, max_examples=50)
@@ -143,7 +152,7 @@ def test_which_wording_comes_first_is_chance_and_so_is_yes() -> None:
     longer = sum(len(row["answers"][0]) > len(row["answers"][1]) for row in rows) / len(rows)
     assert longer == pytest.approx(0.5, abs=0.05)
     labels = [row["answer"] for row in split_rows("yesno", "train")]
-    assert sum(labels) / len(labels) == pytest.approx(0.5, abs=0.05)
+    assert sum(labels) / len(labels) == pytest.approx(0.4, abs=0.05)
     ends = [sum(words in row["summary"] for row in split_rows("summary", "train")) for words in ("told", "glad")]
     assert [count / 1000 for count in ends] == pytest.approx([1 / 3] * 2, abs=0.05)
 
