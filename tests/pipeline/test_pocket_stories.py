@@ -162,6 +162,10 @@ def test_the_tasks_say_what_the_rows_say() -> None:
     example = get_task("pocket_qa").to_example(row, 0, NoOptions())
     assert example.prompt == f"Read this and answer the question.\n\n{row['context']}\n\n{row['question']}"
     assert (example.answer, example.golds) == (row["answers"][0], tuple(row["answers"]))
+    unseen = get_task("pocket_unseen")
+    row = next(iter(unseen.source("test", NoOptions())))
+    assert (row["context"], row["question"]) == (FIRST_TEST_ROWS["qa"]["context"], "What kind of drum was it?")
+    assert unseen.to_example(row, 0, NoOptions()).golds == ("old",)
     row = FIRST_TEST_ROWS["yesno"]
     example = get_task("pocket_yesno").to_example(row, 3, NoOptions())
     assert example.prompt == f"{row['passage']}\n\n{row['question']} Answer yes or no."
