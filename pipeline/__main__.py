@@ -94,10 +94,10 @@ def _status(args: argparse.Namespace) -> int:
     except NotACache:
         print(f"cache    {experiment.cache_dir}: not there yet")
     for student in recipe.students:
-        for arm in recipe.arms:
-            found = sorted(run_dir.arm(student, arm).checkpoints.glob("step-*/state.json"))
+        for run in recipe.arm_runs:
+            found = sorted(run_dir.arm(student, run.name).checkpoints.glob("step-*/state.json"))
             last = found[-1].parent.name if found else "no checkpoint"
-            print(f"student  {student}/{arm}: {last} of {recipe.train.steps} steps")
+            print(f"student  {student}/{run.name}: {last} of {recipe.train.steps} steps")
     report = run_dir.report / "table.md"
     print(f"report   {report}{'' if report.is_file() else ': not there yet'}")
     return 0

@@ -21,6 +21,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+VERSION = 1
+"""Raised whenever the same offsets pair up otherwise; part of the identity of an arm that aligns."""
+
 NONE = -1
 """In place of a teacher position: there is none."""
 

@@ -5,6 +5,7 @@ Weights are read from safetensors only, and no code comes with them (`trust_remo
 
 import hashlib
 import inspect
+import json
 import logging
 import os
 import platform
@@ -112,8 +113,13 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what turns text into ids: the whole fast-tokenizer description."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """SHA-256 of what turns text into ids: the fast-tokenizer description, but for truncation and padding.
+
+    Those two are a state that calls leave behind (and that a save keeps), never what we ask of a tokenizer.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["truncation"] = described["padding"] = None
+    return hashlib.sha256(json.dumps(described, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def vocabulary(tokenizer: Any, size: int) -> list[str | None]:
@@ -171,9 +177,9 @@ def _load(auto_class: Any, what: str, source: ModelSource, dtype: str, quantizat
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants a package that calls the Hub
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if quantization == "nf4":
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants a package that calls the Hub
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -181,12 +187,26 @@ def _load(auto_class: Any, what: str, source: ModelSource, dtype: str, quantizat
             bnb_4bit_use_double_quant=True,
         )
         options["device_map"] = {"": str(device)}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its doubts about ties; what matters of its report is an error below
     try:
-        model: Any = auto_class.from_pretrained(
-            source.location, revision=source.revision, use_safetensors=True, trust_remote_code=False, **options
+        model, report = auto_class.from_pretrained(
+            source.location,
+            revision=source.revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {source.location}: it cannot be loaded as {what}: {_first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if lacking := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"model {source.location}: its files have no weights for {lacking[0]} and {len(lacking) - 1} more, which "
+            f"{what} needs and would draw at random; use the whole model"
+        )
     if quantization == "none":
         model = model.to(device)
     return model.eval().requires_grad_(False)

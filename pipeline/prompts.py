@@ -23,6 +23,7 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.tasks import Example
 
+OFFSETS = 2  # raised whenever `answer_offsets` of the same tokens change; 1 were the tokenizer's own
 _PROBE = "quokka"  # a word no template contains; marks where a turn's content begins and ends
 
 
@@ -94,6 +95,7 @@ class PromptBuilder:
             "layout": "seq2seq" if self.seq2seq else "chat" if self.chat else "plain",
             "chat_template": self.tokenizer.chat_template if self.chat else None,
             "thinking": self.thinking,
+            "offsets": OFFSETS,
             "end_of_sequence": self.tokenizer.convert_ids_to_tokens(self.end_id),
         }
         return layout | ({"decoder_start": self.tokenizer.pad_token} if self.seq2seq else {})

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache_schema.manifest import differences
+from pipeline.alignment import VERSION
 from pipeline.errors import ModelError, RecipeError, RunError, unknown_name
 from pipeline.fingerprint import Experiment
-from pipeline.models import ModelSource, load_tokenizer, locate, tokenizer_digest
+from pipeline.models import ModelSource, load_config, load_tokenizer, locate, tokenizer_digest
 from pipeline.prompts import PromptBuilder
 from pipeline.recipe import ArmRun
 from pipeline.run_dir import ArmDir, RunDir
@@ -63,6 +64,11 @@ def students(experiment: Experiment, student: str | None = None) -> list[Student
                 "set it to bfloat16 or float32"
             )
         source = locate(settings.model, settings.revision)
+        if (config := load_config(source)).is_encoder_decoder:
+            raise ModelError(
+                f"students.{name}.model {source.location} is an encoder-decoder ({config.model_type}); students are "
+                "decoders: choose one, or score it as it is under eval.references"
+            )
         prompts = PromptBuilder(load_tokenizer(source), recipe.teacher.thinking, require_switch=False)
         plans.append(StudentPlan(name, source, prompts))
     return plans
@@ -110,7 +116,7 @@ def _losses(arm: Arm, train: Train) -> dict[str, Any]:
     if arm.has_temperature:
         chosen["temperature"] = arm.temperature
     if arm.uld > 0:
-        chosen |= {"uld": arm.uld, "alignment": alignment_of(arm, train)}
+        chosen |= {"uld": arm.uld, "alignment": alignment_of(arm, train), "alignment_version": VERSION}
     return chosen
 
 

@@ -16,6 +16,7 @@ from pipeline.models import (
     load_seq2seq_lm,
     load_tokenizer,
     locate,
+    tokenizer_digest,
     vocabulary,
 )
 from pipeline.progress import progress
@@ -60,6 +61,30 @@ def test_pickled_weights_are_not_read(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="cannot be loaded as a causal model"):
         load_causal_lm(ModelSource(str(tmp_path), None), "float32", "none", torch.device("cpu"))
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(toys.tiny_qwen3(tmp_path) / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no weights for model\.norm\.weight and 0 more"):
+        load_causal_lm(ModelSource(str(tmp_path), None), "float32", "none", torch.device("cpu"))
+
+
+def test_a_tokenizers_digest_is_the_same_after_any_call(tmp_path):
+    """A tokenizer keeps the padding and truncation of its last call, and a save keeps them with it."""
+    tokenizer = toys.tiny_tokenizer(tmp_path / "fresh")
+    digest = tokenizer_digest(tokenizer)
+    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_digest(tokenizer) == digest
+    tokenizer.save_pretrained(tmp_path / "used")
+    used = load_tokenizer(ModelSource(str(tmp_path / "used"), None))
+    assert '"max_length": 2' in (tmp_path / "used" / "tokenizer.json").read_text(encoding="utf-8")
+    assert tokenizer_digest(used) == digest
+    assert tokenizer_digest(toys.tiny_tokenizer(tmp_path / "other", vocab_size=330)) != digest
 
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path):
@@ -125,6 +150,13 @@ def test_what_show_prints_is_a_recipe(tmp_path, capsys):
     assert main(["show", "--recipe", "gsm8k-qwen3"]) == 0
     (tmp_path / "copy.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     assert load_recipe(str(tmp_path / "copy.yaml")) == load_recipe("gsm8k-qwen3")
+
+
+def test_status_names_every_repeat(tmp_path, capsys):
+    recipe = str(toys.tiny_recipe(tmp_path, train={"repeats": 2}))
+    assert main(["status", "--recipe", recipe]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"toy/{name}: no checkpoint of 4 steps" in printed for name in ("sft", "sft~1", "distill", "distill~1"))
 
 
 def test_help_imports_nothing_heavy():

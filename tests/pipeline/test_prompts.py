@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ModelError
-from pipeline.prompts import PromptBuilder
+from pipeline.prompts import OFFSETS, PromptBuilder
 from pipeline.tasks import Example
 
 SHOTS = (Example("s/1", "gsm8k", "1 + 1?", "Two.\n#### 2"), Example("s/2", "gsm8k", "2 + 3?", "Five.\n#### 5"))
@@ -63,10 +63,10 @@ def test_seq2seq_layout_is_prompts_for_the_encoder_and_the_answer_for_the_decode
     assert seq2seq.encode("", "").encoder_ids == [seq2seq.end_id] and seq2seq.encode("", "").answer_offsets == [(0, 0)]
 
 
-def test_the_layout_is_part_of_the_identity_and_a_decoders_is_as_it_was(plain, seq2seq):
-    as_it_was = {"layout": "plain", "chat_template": None, "thinking": None, "end_of_sequence": "<|eos|>"}
-    assert plain.describe() == as_it_was
-    assert seq2seq.describe() == as_it_was | {"layout": "seq2seq", "decoder_start": "<|pad|>"}
+def test_the_layout_and_the_meaning_of_offsets_are_part_of_the_identity(plain, seq2seq):
+    of_both = {"chat_template": None, "thinking": None, "offsets": OFFSETS, "end_of_sequence": "<|eos|>"}
+    assert plain.describe() == of_both | {"layout": "plain"}
+    assert seq2seq.describe() == of_both | {"layout": "seq2seq", "decoder_start": "<|pad|>"}
     assert plain.encode("Why?", "So.").encoder_ids == []
 
 
