@@ -144,9 +144,11 @@ class RowGroup:
         status_N = self._block("status", i, n)
         _expect_range("status", status_N, max(Status))
         _expect_range("answer_ids", ids_N, self._manifest.vocab_size - 1)
+        offsets_N2 = self._block("answer_offsets", i, n, 2)
+        _expect_range("answer_offsets", offsets_N2, len(text["answer"]))
         tokens = text | {
             "answer_ids": ids_N.copy(),
-            "answer_offsets": self._block("answer_offsets", i, n, 2),
+            "answer_offsets": offsets_N2,
             "status": status_N,
         }
         if self._columns is Columns.ALIGNMENT:

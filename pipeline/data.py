@@ -76,6 +76,8 @@ class TrainingSet:
 def training_set(recipe: Recipe) -> TrainingSet:
     """The training examples of a recipe. Raises DataError where a task is missing, empty or too small."""
     data, teacher = recipe.data, recipe.teacher
+    for name in recipe.unseen_tasks:
+        task_options(name, data)  # a name or an option that is wrong is said now, not by the last stage
     tasks = recipe.trained_tasks
     examples = _limited(
         [_examples(name, "train", data, data.tasks[name].train) for name in tasks], data.train_limit, data
@@ -178,17 +180,25 @@ def _examples(name: str, split: str, data: Data, count: int | None, seed: int | 
         row = rows[index]
         try:
             example = task.to_example(row, index, options)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
                 f"{where}, row {index}: task {name} cannot read it: {type(error).__name__} {error}; "
                 f"found the fields {sorted(row) if isinstance(row, Mapping) else type(row).__name__}"
             ) from None
-        if not isinstance(example.prompt, str) or not isinstance(example.answer, str):
-            raise DataError(f"{where}, row {index}: prompt and answer must be text")
+        if not (_is_text(example.prompt) and _is_text(example.answer)):
+            raise DataError(f"{where}, row {index}: prompt and answer must be text, without lone surrogates")
         examples.append(replace(example, id=f"{split}/{example.id}"))
     if not examples:
         raise DataError(f"{where}: task {name} has no rows; the file or the split is empty")
     return examples
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text that can be written as UTF-8. JSON allows halves of surrogate pairs, tokenizers do not."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _rows(task: Task, split: str, data: Data, options: BaseModel) -> tuple[str, Sequence[Row]]:
@@ -219,13 +229,16 @@ def _jsonl(path: Path) -> list[Row]:
             f"{path}: expected a file of JSON lines, found {found}; check data.dir (<dir>/<task>/<split>.jsonl)"
         )
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}: not JSON: {error}") from None
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        rows.append(json.loads(line.decode("utf-8")))
+                    except ValueError as error:
+                        raise DataError(f"{path}, line {number}: not JSON in UTF-8: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: it cannot be read: {error.strerror}") from None
     return rows
 
 

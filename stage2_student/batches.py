@@ -96,7 +96,7 @@ class Collator:
         """One micro-batch. Training pads on the right; the other side exists to show that it makes no difference."""
         encoded = [self.prompts.encode(row.prompt, row.answer) for row in rows]
         length = max(len(e.input_ids) for e in encoded)
-        ids_BL = torch.full((len(rows), length), int(self.prompts.end_id or 0))
+        ids_BL = torch.full((len(rows), length), self.prompts.end_id)
         mask_BL = torch.zeros_like(ids_BL)
         read_at = []
         for b, e in enumerate(encoded):

@@ -58,8 +58,13 @@ def train(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan]) -> None:
                 covered = coverage.measure(reader, plan.prompts, bar.advance)
             coverage.save(RunDir.of(recipe).alignment(plan.name), covered, reader, plan.prompts)
             print(f"{plan.name}: {coverage.summary(covered)}", flush=True)
+        collators = []  # of all arms, so that one that cannot be trained is refused before another has been
         for arm in of_student:
-            train_arm(accelerator, student, arm, recipe.arms[arm.run.arm], recipe.train, reader, usable)
+            losses = recipe.arms[arm.run.arm]
+            alignment = alignment_of(losses, recipe.train)
+            collators.append(Collator(reader, plan.prompts, student.vocab_size, losses, alignment))
+        for arm, collator in zip(of_student, collators, strict=True):
+            train_arm(accelerator, student, arm, recipe.arms[arm.run.arm], recipe.train, collator, usable)
 
 
 def train_arm(
@@ -68,7 +73,7 @@ def train_arm(
     arm: ArmPlan,
     losses: Arm,
     settings: Train,
-    reader: CacheReader,
+    collator: Collator,
     usable: Usable,
 ) -> None:
     """One arm from where it stands to `settings.steps`.
@@ -77,8 +82,7 @@ def train_arm(
     """
     rank, ranks, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     weights = {name: getattr(losses, name) for name in COMPONENTS if getattr(losses, name) > 0}
-    alignment, seed = alignment_of(losses, settings), arm.run.seed
-    collator = Collator(reader, arm.student.prompts, student.vocab_size, losses, alignment)
+    seed = arm.run.seed
     student.reset(seed)
     gradients = flat_gradients(student.parameters.values())
     optimizer = torch.optim.AdamW(student.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)

@@ -91,6 +91,13 @@ class Task:
     options: type[BaseModel] = field(default=NoOptions)
 
 
+def texts(value: Any) -> list[str]:
+    """A row's list of texts. Raises ValueError for a text where a list is expected: its letters would pass for one."""
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"expected a list of texts, found {value!r:.60}")
+    return list(value)
+
+
 def task_names() -> list[str]:
     """The tasks there are: the modules of this folder that define `TASK`, read but not imported.
 

@@ -12,7 +12,7 @@ official validation set.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pipeline.tasks import Example, HubSource, NoOptions, Row, Task
+from pipeline.tasks import Example, HubSource, NoOptions, Row, Task, texts
 
 
 def gather(rows: Iterable[Row]) -> Iterator[Row]:
@@ -26,7 +26,7 @@ def gather(rows: Iterable[Row]) -> Iterator[Row]:
 
 def to_example(row: Row, index: int, options: NoOptions) -> Example:
     """The words, then what to do with them; a sentence. `extra["concepts"]` is what coverage looks for."""
-    concepts = list(row["concepts"])
+    concepts = texts(row["concepts"])
     return Example(
         id=f"common_gen-{index:05d}",
         task="common_gen",

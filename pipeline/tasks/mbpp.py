@@ -9,7 +9,7 @@ Most code has `\\r\\n` line ends and some ends in a lone `\\r`: the task makes t
 Nothing here runs any code.
 """
 
-from pipeline.tasks import Example, HubSource, NoOptions, Row, Task
+from pipeline.tasks import Example, HubSource, NoOptions, Row, Task, texts
 
 
 def to_example(row: Row, index: int, options: NoOptions) -> Example:
@@ -17,7 +17,7 @@ def to_example(row: Row, index: int, options: NoOptions) -> Example:
 
     `extra` has what decides whether a program passes: all `tests`, and the `setup` that runs before them.
     """
-    tests = [_unix(test) for test in row["test_list"]]
+    tests = [_unix(test) for test in texts(row["test_list"])]
     return Example(
         id=f"mbpp-{index:05d}",
         task="mbpp",

@@ -14,14 +14,14 @@ rows stay, as they would in any pipeline with a window, and are marked `answer_c
 
 from typing import Any
 
-from pipeline.tasks import Example, HubSource, Row, Task
+from pipeline.tasks import Example, HubSource, Row, Task, texts
 from pipeline.tasks.context import ContextOptions, first_words
 from pipeline.tasks.squad_metrics import score_answer
 
 
 def to_example(row: Row, index: int, options: ContextOptions) -> Example:
     """The title, the paragraph and the question; the first answer, with all different ones as references."""
-    answers = tuple(dict.fromkeys(row["answers"]["text"]))
+    answers = tuple(dict.fromkeys(texts(row["answers"]["text"])))
     if not answers:
         raise ValueError("no answer: SQuAD 1.1 has none without, SQuAD 2.0 does")
     context, cut = first_words(row["context"], options.max_context_words)

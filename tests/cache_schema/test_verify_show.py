@@ -17,7 +17,9 @@ import pytest
 
 from cache_schema import jsondoc
 from cache_schema.__main__ import main
+from cache_schema.errors import CorruptShard
 from cache_schema.reader import CacheReader
+from cache_schema.schema import ALIGNMENT
 from cache_schema.shard import footer_of
 from cache_schema.verify import verify
 
@@ -137,7 +139,8 @@ FORGERIES = {
     "unusable positions": with_list("status", first_to(3)),
     "logsumexp is not that": with_list("logsumexp", lambda v, o: v + 1),
     "not finite": with_list("log_tail", lambda v, o: v * np.nan),
-    "answer_offsets leave": with_list("answer_offsets", first_to(10_000)),
+    "answer_offsets run from 0 to 10000": with_list("answer_offsets", first_to(10_000)),
+    "answer_offsets run from -1": with_list("answer_offsets", first_to(-1)),
     "is in shard 0 as well": lambda t: t.set_column(0, t.schema.field(0), pa.array(["toy-0", "x", "y"], pa.string())),
     "its columns are not those": lambda t: t.drop_columns(["status"]),
     "2 rows, its commit record says 3": lambda t: t.slice(0, 2),
@@ -150,6 +153,13 @@ def test_invariants_hold_whatever_the_hashes_say(cache, what):
     (problem,) = verify(cache).problems
     assert problem.shard == 1
     assert re.search(what, problem.what), problem.what
+
+
+def test_offsets_beyond_the_answer_are_not_read(cache):
+    """They are indices to whoever aligns another tokenizer: the cheap read that is for that refuses them too."""
+    forge(cache, 1, with_list("answer_offsets", first_to(-1)))
+    with pytest.raises(CorruptShard, match="answer_offsets run from -1"):
+        list(CacheReader.open(cache).rows(ALIGNMENT))
 
 
 def test_a_forgery_that_changes_nothing_is_good(cache):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -155,6 +156,8 @@ def test_the_scored_split_train_is_what_was_trained_on(mixed):
         (["data.held_out=22"], DataError, "only 22 training rows are left"),
         (["data.tasks={gsm9k: {}}"], RecipeError, "unknown task 'gsm9k'. Did you mean 'gsm8k'"),
         (["data.tasks.gsm8k.options={strip: true}"], RecipeError, "unknown option 'strip'. Did you mean 'strip_calc"),
+        (["data.tasks.gsm9k={train: 0}"], RecipeError, "unknown task 'gsm9k'. Did you mean 'gsm8k'"),
+        (["data.tasks.squad={train: 0, options: {nope: 1}}"], RecipeError, "squad.options: unknown option 'nope'"),
         (["data.tasks.gsm8k.options={strip_calculator_marks: 3}"], RecipeError, "strip_calculator_marks: .*found 3"),
     ],
 )
@@ -174,6 +177,7 @@ def test_bad_input_is_named(path, overrides, error, words):
         ),
         ('{"question": 3, "answer": "#### 4"}\n', "row 0: prompt and answer must be text"),
         ("[1]\n", "row 0: task gsm8k cannot read it"),
+        ('{"question": "b\\ud800", "answer": "#### 4"}\n', "row 0: prompt and answer must be text, without lone surr"),
     ],
 )
 def test_bad_files_are_named(path, tmp_path, content, words):
@@ -183,6 +187,28 @@ def test_bad_files_are_named(path, tmp_path, content, words):
         training_set(load_recipe(path, [f"data.dir={tmp_path}"]))
 
 
+def test_a_file_that_is_not_utf8_is_named(path, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_bytes(b'{"question": "q", "answer": "#### 4"}\n{"question": "\xe9"}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2: not JSON in UTF-8: .*0xe9"):
+        training_set(load_recipe(path, [f"data.dir={tmp_path}"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("squad", {"title": "t", "context": "abc", "question": "q", "answers": {"text": "abc"}}, "found 'abc'"),
+        ("common_gen", {"concept_set_idx": 0, "concepts": "dog", "target": "a dog"}, "found 'dog'"),
+        ("mbpp", {"text": "t", "code": "c", "test_setup_code": "", "test_list": "assert f()"}, "found 'assert f()'"),
+        ("mbpp", {"text": "t", "code": "c", "test_setup_code": "", "test_list": []}, "IndexError"),
+    ],
+)
+def test_a_text_where_a_list_belongs_is_not_read_letter_by_letter(path, tmp_path, task, row, words):
+    toys.write_jsonl(tmp_path / task / "train.jsonl", [row])
+    with pytest.raises(DataError, match=re.escape(words)):
+        training_set(load_recipe(path, [f"data.dir={tmp_path}", f"data.tasks={{{task}: {{}}}}", *NO_SHOTS]))
+
+
 def test_stripping_marks_is_a_hashed_option(path):
     kept = Experiment(load_recipe(path))
     stripped = Experiment(load_recipe(path, ["data.tasks.gsm8k.options={strip_calculator_marks: true}"]))
@@ -190,6 +216,7 @@ def test_stripping_marks_is_a_hashed_option(path):
     assert kept.fingerprint != stripped.fingerprint
 
 
+NO_SHOTS = ("teacher.shots=0", "eval.baselines=[zero_shot]")
 HASHED = [
     "teacher.dtype=bfloat16",
     "teacher.quantization=nf4",
@@ -201,7 +228,10 @@ HASHED = [
     "cache.temperatures=[1.0, 2.0]",
     "data.train_limit=20",
     "data.held_out=2",
+    "teacher.kind=seq2seq",
+    "cache.store_ids=false",
 ]
+RANKED = "arms.distill={uld: 1.0}"  # no ids are needed, so that their absence is no error
 NOT_HASHED = [
     "cache.dir=/elsewhere",
     "cache.shard_examples=3",
@@ -216,8 +246,8 @@ NOT_HASHED = [
 
 
 def test_the_fingerprint_hashes_what_a_number_means_and_nothing_else(path):
-    base = Experiment(load_recipe(path)).fingerprint
-    changed = [Experiment(load_recipe(path, [o])).fingerprint for o in HASHED]
+    base = Experiment(load_recipe(path, [RANKED])).fingerprint
+    changed = [Experiment(load_recipe(path, [o, RANKED])).fingerprint for o in HASHED]
     assert len({base, *changed}) == 1 + len(HASHED)
     assert {Experiment(load_recipe(path, [o])).fingerprint for o in NOT_HASHED} == {base}
 

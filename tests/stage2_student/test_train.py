@@ -169,6 +169,7 @@ def test_an_arm_is_named_by_what_decides_it_and_nothing_else(tmp_path: Path) -> 
         "temperature": 1.2,
         "uld": 1.0,
         "alignment": "boundary",
+        "alignment_version": 1,
     }
     settings = "steps batch_size lr warmup_steps schedule weight_decay max_grad_norm save_every seed"
     assert arms[0]["train"] == arms[1]["train"] and list(arms[0]["train"]) == settings.split()
@@ -177,6 +178,20 @@ def test_an_arm_is_named_by_what_decides_it_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(RunError, match=r'losses\.alignment: trained with "boundary", now asked for "index"'):
         main(by_index)
     assert main([*by_index, "--set", "arms.uld.alignment=boundary"]) == 0
+
+
+def test_a_student_that_cannot_serve_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    """Its tokenizer is another, which sft would not mind; or it is an encoder-decoder."""
+    path, recipe = made(tmp_path)
+    toys.tiny_tokenizer(tmp_path / "other", vocab_size=300)
+    toys.tiny_qwen3(tmp_path / "other")
+    with pytest.raises(ModelError, match="is not the one that the cache was made with"):
+        main(["--recipe", path, "--set", f"students.toy.model={tmp_path / 'other'}"])
+    assert not RunDir.of(recipe).arm("toy", "sft").checkpoints.exists()
+    toys.tiny_t5(tmp_path / "t5")
+    toys.tiny_tokenizer(tmp_path / "t5")
+    with pytest.raises(ModelError, match=r"students\.toy\.model .* is an encoder-decoder \(t5\)"):
+        main(["--recipe", path, "--set", f"students.toy.model={tmp_path / 't5'}"])
 
 
 def test_checkpoints_without_an_arm_file_are_refused(tmp_path: Path) -> None:
