@@ -46,6 +46,16 @@ class Recipe(Section):
     runtime: Runtime = Runtime()
     run_dir: str | None = Field(None, description="null: runs/<name>")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _ids_are_for_decoders(cls, tree: Any) -> Any:
+        """`cache.store_ids` where it is not given: false for an encoder-decoder, whose ids no loss here reads."""
+        if isinstance(tree, dict) and isinstance(tree.get("teacher"), dict):
+            cache = tree.get("cache") if "cache" in tree else {}
+            if tree["teacher"].get("kind") == "seq2seq" and isinstance(cache, dict):
+                return {**tree, "cache": {"store_ids": False, **cache}}
+        return tree
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         for name, arm in self.arms.items():
@@ -68,13 +78,13 @@ class Recipe(Section):
                 f"{self.cache.temperatures} only, and they cannot be derived from the top K; add it to "
                 "cache.temperatures (which makes another cache)"
             )
-        if arm.needs_ids and not self.cache.store_ids:
-            raise ValueError(f"arms.{name}: logit_mse and kl need token ids; set cache.store_ids=true")
         if arm.needs_ids and self.teacher.kind == "seq2seq":
             raise ValueError(
                 f"arms.{name}: logit_mse and kl need a student with the teacher's tokenizer, and no student here is an "
                 "encoder-decoder; use uld"
             )
+        if arm.needs_ids and not self.cache.store_ids:
+            raise ValueError(f"arms.{name}: logit_mse and kl need token ids; set cache.store_ids=true")
 
     @property
     def arm_runs(self) -> list[ArmRun]:

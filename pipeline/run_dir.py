@@ -81,4 +81,4 @@ class RunDir:
 
 def default_cache_dir(recipe: Recipe, fingerprint: str) -> Path:
     """Where a recipe's cache lies: outside any run, since many students and recipes share it."""
-    return Path(recipe.cache.dir or f"caches/{recipe.name}-{fingerprint[:12]}")
+    return Path(f"caches/{recipe.name}-{fingerprint[:12]}")

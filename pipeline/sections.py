@@ -79,7 +79,9 @@ class Cache(Section):
     temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], description="those with exact normalisers")
     step: float = Field(0.015625, gt=0, description="quantisation step of a logit, a power of two")
     codec: Literal["fine"] = Field("fine", description="fine: every rank to step/2")
-    store_ids: bool = Field(True, description="false: only for rank-ordered losses")
+    store_ids: bool = Field(
+        True, description="false: only for rank-ordered losses; that is the default of a seq2seq teacher"
+    )
     shard_examples: int = Field(256, ge=1, description="examples in a shard: the unit of work and of loss when stopped")
 
     @model_validator(mode="after")

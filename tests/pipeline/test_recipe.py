@@ -94,6 +94,18 @@ def test_overrides_pass_through_the_same_check(tmp_path, override, key, value):
     assert getattr(recipe.train, key) == value
 
 
+def test_an_encoder_decoders_ids_are_not_stored_unless_asked_for(tmp_path):
+    """No loss could read them: whoever asks for one that needs ids is told of uld, not of ids."""
+    path = str(toys.tiny_recipe(tmp_path))
+    seq2seq = ["teacher.kind=seq2seq", "arms.distill={uld: 1.0}"]
+    assert load_recipe(path).cache.store_ids
+    assert not load_recipe(path, seq2seq).cache.store_ids
+    assert load_recipe(path, [*seq2seq, "cache.store_ids=true"]).cache.store_ids
+    for ids in ("true", "false"):
+        with pytest.raises(RecipeError, match=r"no student here is an encoder-decoder; use uld"):
+            load_recipe(path, ["teacher.kind=seq2seq", f"cache.store_ids={ids}"])
+
+
 def test_missing_sections_and_files(tmp_path):
     with pytest.raises(RecipeError, match=r"unknown recipe 'gsm8k-qwen'\. Did you mean 'gsm8k-qwen3'"):
         load_recipe("gsm8k-qwen")
