@@ -4,7 +4,7 @@
 
 For machines that cannot hold the real teacher: the published recipe but for its models, whose weights are random and
 whose scores mean nothing. What it prints is real: rows, cut contexts, positions, quarantine by task, bytes a position,
-and the share of student positions that get a teacher. The teacher is a T5 of the true 32,128 vocabulary in 4 bits; the
+and the share of student positions that get a teacher. The teacher is the T5 of `rank_only_bytes.py` in 4 bits; the
 students are GPT-2, GPT-NeoX and Llama with the vocabularies of gpt2-medium, pythia-410m and SmolLM-360M.
 
 FOLDER of --data has <task>/{train,test}.jsonl of every task and tokenizers/{t5,gpt2,gpt-neox-20b,smollm2}. The two
@@ -25,7 +25,7 @@ UNSEEN = ("mbpp", "eng_spa")
 
 
 def architectures() -> dict[str, tuple[str, Callable[[], Any]]]:
-    """model -> (its tokenizer's folder, what builds it).
+    """model -> (its tokenizer's folder, what builds it); the teacher is made elsewhere.
 
     Weights are drawn wide where the architecture lets us, so that distributions are peaked rather than uniform.
     """
@@ -33,12 +33,9 @@ def architectures() -> dict[str, tuple[str, Callable[[], Any]]]:
 
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     end = {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.3}
-    t5 = {"vocab_size": 32_128, "d_model": 128, "d_ff": 256, "d_kv": 32, "num_layers": 2, "num_heads": 4}
-    flan = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
     gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
     bert = {"vocab_size": 50_257, "pad_token_id": 1, "max_position_embeddings": 514}
     return {
-        "teacher": ("t5", lambda: hf.T5ForConditionalGeneration(hf.T5Config(**t5, **flan, initializer_factor=3.0))),
         "gpt2-medium": ("gpt2", lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2))),
         "pythia-410m": (
             "gpt-neox-20b",
@@ -58,9 +55,12 @@ def architectures() -> dict[str, tuple[str, Callable[[], Any]]]:
 
 def make_models(folder: Path, tokenizers: Path) -> None:
     """Every model as save_pretrained leaves it, its real tokenizer beside it; what is there is kept."""
+    import rank_only_bytes
     import torch
     from transformers import AutoTokenizer
 
+    if not (folder / "teacher" / "config.json").is_file():
+        rank_only_bytes.make_model(folder / "teacher", tokenizers / "t5")
     for name, (tokenizer_name, build) in architectures().items():
         if (folder / name / "config.json").is_file():
             continue
