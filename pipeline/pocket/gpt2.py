@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SETTINGS = Settings(decay_share=0.4, batch_tokens=1200, hidden=96, layers=4, intermediate=384, heads=3)
 
 WINDOW = 256
-"""Tokens it is built to read; a prompt with its answer takes less than 140."""
+"""Tokens it is built to read; a prompt with its answer takes less than 120, and as much again with a worked example."""
 
 PAGE_TOKENS = 110
 
