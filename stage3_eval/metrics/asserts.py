@@ -10,6 +10,12 @@ import builtins
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+
+# What can be read of a value that arrives as plain data.
+_PLAIN = (str, bytes, int, float, complex, list, tuple, frozenset, dict, Fraction, Decimal)
+_OF_PLAIN_DATA = frozenset(name for kind in _PLAIN for name in dir(kind))
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,8 @@ def split(line: str, names: Iterable[str], number: int = 0) -> Assertion:
     """Take one `assert` apart. names: those that the program defines. number: of the test; its values are `_<number>_0`
     and so on.
 
-    Raises ValueError with the reason where it cannot be: it is no single assert, calls nothing of the program, or calls
-    it within a comprehension, whose variables exist only there.
+    Raises ValueError with the reason where it cannot be: it is no single assert, calls nothing of the program, calls it
+    within a comprehension, whose variables exist only there, or asks what only an object of its own could answer.
     """
     try:
         body = parse(line.strip()).body
@@ -81,17 +87,23 @@ class _Taker(ast.NodeTransformer):
             return ast.Name(name, ast.Load())
         before = len(self.taken)
         visited: ast.AST = self.generic_visit(node)
+        if isinstance(node, ast.Attribute) and len(self.taken) > before and node.attr not in _OF_PLAIN_DATA:
+            raise ValueError(f"it reads .{node.attr} of what the program returns, which plain data has not")
         local = isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.Lambda)
         if local and len(self.taken) > before:
             raise ValueError("it calls the program within a comprehension or a lambda")
         return visited
 
     def _of_program(self, node: ast.expr) -> bool:
-        """A name of the program with what is called, read or indexed on it; a built-in function on that alone."""
+        """A name of the program with what is read, indexed or called on it; a built-in function on that alone.
+
+        What is read or indexed on the *result* of a call is not: `f(2).startswith("xy")` would hand the expected value
+        to an object of the program's own, and believe its verdict. It is asked of the value as plain data.
+        """
         if isinstance(node, ast.Name):
             return node.id in self.names
         if isinstance(node, ast.Attribute | ast.Subscript):
-            return self._of_program(node.value)
+            return self._of_program(node.value) and not any(isinstance(n, ast.Call) for n in ast.walk(node.value))
         if not isinstance(node, ast.Call):
             return False
         alone = len(node.args) == 1 and not node.keywords and isinstance(node.func, ast.Name)

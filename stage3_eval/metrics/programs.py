@@ -53,7 +53,7 @@ def measure(name: str, examples: Sequence[Example], answers: Sequence[Prediction
     timed_out = outcomes.count("timed out")
     return Measured(
         tuple(float(outcome == "passed") for outcome in outcomes),
-        unparsable=parsed.count(False),
+        unparsable=sum(not fine and not answer.too_long for fine, answer in zip(parsed, answers, strict=True)),
         note=f"{timed_out} of {len(outcomes)} ran out of time" if timed_out else "",
     )
 
@@ -89,8 +89,12 @@ class _Problem:
 
     @classmethod
     def of(cls, example: Example) -> "_Problem":
-        """Raises RunError where a test cannot be taken apart."""
+        """Raises RunError where there is no test, or one that cannot be taken apart."""
         setup, lines = example.extra["setup"], example.extra["tests"]
+        if not lines:
+            raise RunError(
+                f"{example.id}: it has no tests, so no program of it can pass or fail; take its row out of the task"
+            )
         line = example.answer
         try:
             names = defined_names(example.answer) | defined_names(line := setup)

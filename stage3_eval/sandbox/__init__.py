@@ -117,8 +117,9 @@ def _command(filter_fd: int) -> list[str]:
             seen += ["--symlink", str(path.readlink()), str(path)]
         elif path.is_dir():
             seen += ["--ro-bind", str(path), str(path)]
-    if not Path(sys.base_prefix).is_relative_to("/usr"):
-        seen += ["--ro-bind", sys.base_prefix, sys.base_prefix]
+    for prefix in dict.fromkeys((sys.base_prefix, os.path.realpath(sys.base_prefix))):  # it may be a link, as above
+        if not Path(prefix).is_relative_to("/usr"):
+            seen += ["--ro-bind", prefix, prefix]
     return [
         *[_bwrap(), "--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"],
         *["--clearenv", *(part for pair in _ENVIRONMENT.items() for part in ("--setenv", *pair)), *seen],

@@ -94,7 +94,12 @@ def test_what_parses(program, does):
         ("assert f(1) is None", ["f(1)"], "_0_0 is None"),
         ("assert f(1) == g(2) == 3", ["f(1)", "g(2)"], "_0_0 == _0_1 == 3"),
         ("assert f(g(2)) == 3", ["f(g(2))"], "_0_0 == 3"),
-        ("assert Stack().push(1).top[0] == 1", ["Stack().push(1).top[0]"], "_0_0 == 1"),
+        ("assert f(2).startswith('xy')", ["f(2)"], "_0_0.startswith('xy')"),
+        ("assert f(2)['xy'] == 1", ["f(2)"], "_0_0['xy'] == 1"),
+        ("assert bool(f(2).count('xy'))", ["f(2)"], "bool(_0_0.count('xy'))"),
+        ("assert f(2)(3) == 5", ["f(2)(3)"], "_0_0 == 5"),  # a function that it returns is the program's
+        ("assert root.left.value[0] == 1", ["root.left.value[0]"], "_0_0 == 1"),
+        ("assert Stack.size(3) == 1", ["Stack.size(3)"], "_0_0 == 1"),
         ("assert sum(10, 15) == 6", ["sum(10, 15)"], "_0_0 == 6"),  # a program may define it
         ("assert f(root) == sys.getsizeof(1)", ["f(root)"], "_0_0 == sys.getsizeof(1)"),
     ],
@@ -113,6 +118,7 @@ def test_a_test_is_taken_apart(line, evaluated, test):
         ("assert f(1) == 1; assert f(2) == 2", "not one assert"),
         ("assert all(f(i) == i for i in range(3))", "within a comprehension"),
         ("assert f(1) ==", "no Python"),
+        ("assert f(1).push(2) == 2", "reads .push of what the program returns"),
     ],
 )
 def test_a_test_that_cannot_be_is_refused(line, reason):
@@ -203,6 +209,21 @@ def test_setup_runs_after_the_program_and_uses_it():
 
 
 @sandboxed
+def test_a_program_is_a_module_as_anywhere():
+    """`dataclass` looks for its class's module by name where annotations are texts."""
+    code = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass, astuple\n@dataclass\nclass P:\n"
+        "    x: int\ndef f(x):\n    return astuple(P(x))"
+    )
+    assert measure("passes", example(code, "assert f(1) == (1,)"), code).values == (1,)
+
+
+def test_a_problem_without_tests_is_said():
+    with pytest.raises(RunError, match="e: it has no tests, so no program of it can pass or fail"):
+        measure("passes", example("def f(x):\n    return x"), "def f(x):\n    return x")
+
+
+@sandboxed
 def test_the_expectation_may_need_what_the_reference_imports():
     of = example(
         "import math\ndef f(x):\n    return math.pi * x", "assert math.isclose(f(2), 2 * math.pi, rel_tol=0.01)"
@@ -232,6 +253,10 @@ FORGERIES = {
         "        for v in frame.f_locals.values():\n            if isinstance(v, dict) and 'expressions' in v:\n"
         "                return eval(v['expressions'][0].partition('==')[2] or 'None')\n        frame = frame.f_back\n"
     ),
+    "its own methods": (
+        "class A:\n    __getattr__ = lambda s, name: lambda *a: True\n    __getitem__ = __contains__ = lambda s, k: True\n"
+        "def rev(x):\n    return A()"
+    ),
     "search memory": (
         "import gc\ndef rev(x):\n    for o in gc.get_objects():\n        if isinstance(o, dict) and 'tests' in o:\n"
         "            return o['tests']\n    for o in gc.get_objects():\n        if o == [2, 1]:\n            return o\n"
@@ -244,10 +269,15 @@ FORGERIES = {
 }
 
 
+# The same question put to the value's own methods: a verdict that an object of the program's must not give.
+ASKED = example(REVERSE.answer, "assert rev('ab').startswith('ba')", "assert rev([1, 2])[0:1]")
+
+
 @sandboxed
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_pass_cannot_be_forged(name):
     assert measure("passes", REVERSE, FORGERIES[name]).values == (0,)
+    assert measure("passes", ASKED, FORGERIES[name], REVERSE.answer).values == (0, 1)
 
 
 @sandboxed

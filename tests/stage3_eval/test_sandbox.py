@@ -258,6 +258,15 @@ def test_the_smallest_memory_of_a_recipe_suffices_to_start():
     assert run(["x = 3"], ["x"], Limits(20, 64)).answers == ("3",)
 
 
+def test_python_is_found_where_its_folder_is_a_link(monkeypatch, tmp_path):
+    """As uv and pyenv lay it out: the interpreter is known by its real path, its prefix by the link."""
+    link = tmp_path / "python"
+    link.symlink_to(sys.base_prefix)
+    monkeypatch.setattr(sys, "base_prefix", str(link))
+    assert str(link) in sandbox._command(3)
+    assert run(["import json"], ["json.dumps(3)"], LIMITS).answers == ('"3"',)
+
+
 # -- no sandbox, no run
 
 
