@@ -98,24 +98,28 @@ def is_binary(values: Values) -> bool:
     return all(value in (0.0, 1.0) for value in values)
 
 
-def estimate(measured: Measured | Values) -> Estimate:
-    """Wilson's interval for right-or-wrong scores, else the bootstrap's; of a corpus score its error too."""
+def estimate(measured: Measured | Values, graded: bool = False) -> Estimate:
+    """Wilson's interval for right-or-wrong scores, else the bootstrap's; of a corpus score its error too.
+
+    graded: the metric knows scores between right and wrong, even if none of these is one.
+    """
     values, corpus = _parts(measured)
     x = np.asarray(values, dtype=np.float64)
     n, mean = len(x), float(x.mean())
     if corpus is not None:
         scores = corpus.resampled
         return Estimate(n, _of_all(corpus), float(scores.std(ddof=1)), *_percentiles(scores))
-    if is_binary(values):
+    if is_binary(values) and not graded:
         low, high = wilson(round(x.sum()), n)
         return Estimate(n, mean, sqrt(mean * (1 - mean) / n), low, high)
     return Estimate(n, mean, _error_of_mean(x), *_percentiles(_resampled_means(x)))
 
 
-def difference(a: Measured | Values, b: Measured | Values) -> Difference:
+def difference(a: Measured | Values, b: Measured | Values, graded: bool = False) -> Difference:
     """a minus b, pair by pair: exact McNemar and Newcombe's interval, or the paired bootstrap for other scores.
 
-    Raises ValueError where the two are not scores of the same number of examples, or one alone is a corpus score.
+    graded: as for `estimate`. Raises ValueError where the two are not scores of the same number of examples, or one
+    alone is a corpus score.
     """
     (of_a, corpus_a), (of_b, corpus_b) = _parts(a), _parts(b)
     x, y = np.asarray(of_a, dtype=np.float64), np.asarray(of_b, dtype=np.float64)
@@ -127,7 +131,7 @@ def difference(a: Measured | Values, b: Measured | Values) -> Difference:
         delta, error = _of_all(corpus_a) - _of_all(corpus_b), float(deltas.std(ddof=1))
         return Difference(n, delta, error, *_interval_and_p(deltas), better, worse, "paired bootstrap of the corpus")
     delta = float((x - y).mean())
-    if is_binary(of_a) and is_binary(of_b):
+    if is_binary(of_a) and is_binary(of_b) and not graded:
         both = int(((x == 1) & (y == 1)).sum())
         low, high = newcombe_paired(both, better, worse, n - both - better - worse)
         error = sqrt((better + worse) / n - delta**2) / sqrt(n)
@@ -135,43 +139,51 @@ def difference(a: Measured | Values, b: Measured | Values) -> Difference:
     return Difference(n, delta, _error_of_mean(x - y), *paired_bootstrap(x, y), better, worse, "paired bootstrap")
 
 
-def over_seeds(values: Sequence[float], errors: Sequence[float]) -> SeedsEstimate:
+def over_seeds(repeats: Sequence[Estimate | Difference]) -> SeedsEstimate:
     """The mean of S repeats of training, or of S differences paired by seed, with a 95 % interval of two sources.
 
-    Which seed, and which examples were drawn; their half-widths are added in quadrature:
+    Which seed, and which examples were drawn; on either side their shares are added in quadrature:
 
-        sqrt((t_{S-1} s / sqrt(S))^2 + (1.96 e)^2)      s: deviation over seeds, e: mean of `errors`
+        sqrt((t_{S-1} s / sqrt(S))^2 + d^2)      s: deviation over seeds, d: mean distance to the limit on that side
 
-    errors: each value's standard error over the examples (all repeats are scored on the same, so it does not shrink
-    with S). Raises ValueError for fewer than two values: one seed says nothing about seeds.
+    All repeats are scored on the same examples, so d does not shrink with S: equal repeats have the interval of one,
+    as lopsided as Wilson's is near 0 and 100 %. Raises ValueError for fewer than two repeats: one seed says nothing
+    about seeds.
     """
     from scipy.stats import t
 
-    if len(values) < 2 or len(values) != len(errors):
-        raise ValueError(f"two seeds or more are needed, each with its error; found {len(values)} and {len(errors)}")
-    mean, of_examples = statistics.fmean(values), statistics.fmean(errors)
-    of_seeds = statistics.stdev(values) / sqrt(len(values))
-    half = hypot(float(t.ppf(0.975, len(values) - 1)) * of_seeds, Z_95 * of_examples)
-    return SeedsEstimate(mean, hypot(of_seeds, of_examples), mean - half, mean + half, tuple(values))
+    if len(repeats) < 2:
+        raise ValueError(f"two seeds or more are needed, found {len(repeats)}")
+    values = [repeat.mean for repeat in repeats]
+    mean, of_seeds = statistics.fmean(values), _of_seeds(values)
+    of_examples = statistics.fmean(repeat.standard_error for repeat in repeats)
+    half = float(t.ppf(0.975, len(values) - 1)) * of_seeds
+    below = statistics.fmean(repeat.mean - repeat.low for repeat in repeats)
+    above = statistics.fmean(repeat.high - repeat.mean for repeat in repeats)
+    return SeedsEstimate(
+        mean, hypot(of_seeds, of_examples), mean - hypot(half, below), mean + hypot(half, above), tuple(values)
+    )
 
 
-def p_over_seeds(values: Sequence[float], errors: Sequence[float]) -> float:
+def p_over_seeds(repeats: Sequence[Difference]) -> float:
     """Two-sided p-value of no difference: the level at which the interval of `over_seeds` would end at zero.
 
     That is the p at which |mean|^2 = (t_{S-1}(p) s / sqrt(S))^2 + (z(p) e)^2, with the quantiles t and z that leave
-    p / 2 above them. values, errors: as there.
+    p / 2 above them; e: the distance d on the side of zero, which holds 1.96 of it.
     """
     from scipy.optimize import brentq
     from scipy.stats import norm, t
 
-    mean, of_examples = abs(statistics.fmean(values)), statistics.fmean(errors)
-    of_seeds = statistics.stdev(values) / sqrt(len(values))
-    if mean == 0 or of_seeds == of_examples == 0:
-        return float(mean == 0)
+    values = [repeat.mean for repeat in repeats]
+    mean, of_seeds = statistics.fmean(values), _of_seeds(values)
+    distances = (repeat.mean - repeat.low if mean > 0 else repeat.high - repeat.mean for repeat in repeats)
+    of_examples, size = statistics.fmean(distances) / Z_95, abs(mean)
+    if size == 0 or of_seeds == of_examples == 0:
+        return float(size == 0)
 
     def excess(z: float) -> float:
         """Of the interval's half-width over the mean, at the level whose normal quantile is z."""
-        return hypot(float(t.isf(norm.sf(z), len(values) - 1)) * of_seeds, z * of_examples) - mean
+        return hypot(float(t.isf(norm.sf(z), len(values) - 1)) * of_seeds, z * of_examples) - size
 
     farthest = 37.0  # beyond it the normal tail is no number any more
     return 2 * float(norm.sf(brentq(excess, 0.0, farthest) if excess(farthest) > 0 else farthest))
@@ -243,6 +255,11 @@ def _parts(measured: Measured | Values) -> tuple[Values, Corpus | None]:
 
 def _of_all(corpus: Corpus) -> float:
     return corpus.of_sum(corpus.statistics.sum(0))
+
+
+def _of_seeds(values: Sequence[float]) -> float:
+    """Standard error of the mean over seeds."""
+    return statistics.stdev(values) / sqrt(len(values))
 
 
 def _error_of_mean(x: npt.NDArray[np.float64]) -> float:

@@ -1,8 +1,8 @@
 """From predictions to numbers: no file is written, no model of the run is loaded. Called by `evaluate` and `report`.
 
 A prediction is scored by its task, by the metrics of `stage3_eval.metrics`, or by both. An answer that a metric cannot
-read counts as wrong and is counted apart as unparsable. A prediction that is not there is an error, never a wrong
-answer.
+read counts as wrong and is counted apart as unparsable; a prompt that was too long to be asked has no answer, and is
+counted as that alone. A prediction that is not there is an error, never a wrong answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,7 +76,8 @@ def _measured(
             measured[name] = metric_module(name).measure(name, examples, answers, settings)
         elif rows and name in rows[0]:
             values = [row[name] for row in rows]
-            measured[name] = Measured(tuple(float(v or 0.0) for v in values), sum(v is None for v in values))
+            unread = sum(v is None and not answer.too_long for v, answer in zip(values, answers, strict=True))
+            measured[name] = Measured(tuple(float(v or 0.0) for v in values), unread)
         else:
             raise RunError(f"task {task.name}: {unknown_name('metric', name, [*METRICS, *(rows[0] if rows else ())])}")
     return measured

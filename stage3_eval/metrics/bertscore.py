@@ -40,8 +40,8 @@ def check(settings: Metrics) -> None:
         _locate(settings)
         return
     try:
-        layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-    except (OSError, ValueError, KeyError) as error:
+        layers = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"eval.metrics.bert_score_model={folder}: no encoder's config.json: {error}; {_ELSE}") from None
     if not any(folder.glob("*.safetensors")):
         raise RunError(f"eval.metrics.bert_score_model={folder}: expected weights as safetensors, found none; {_ELSE}")
@@ -63,7 +63,8 @@ def measure(name: str, examples: Sequence[Example], answers: Sequence[Prediction
     values = [
         max(_known.get((*encoder, text, gold), 0.0) for gold in of) for text, of in zip(texts, golds, strict=True)
     ]
-    return Measured(tuple(values), unparsable=sum(not text for text in texts))
+    empty = sum(not text and not answer.too_long for text, answer in zip(texts, answers, strict=True))
+    return Measured(tuple(values), unparsable=empty)
 
 
 def describe(name: str, settings: Metrics) -> dict[str, Any]:

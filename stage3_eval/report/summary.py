@@ -25,6 +25,7 @@ _SHORT = {
 }
 LIKELIHOOD = "label_likelihood"
 _LEVEL = 0.05
+_WIDEST = 150  # characters of a table's line
 
 
 class Column(NamedTuple):
@@ -47,10 +48,12 @@ def summary_of(found: Mapping[str, Any]) -> str:
     parts = [f"# Results of `{found['recipe']}`"]
     for block in found["blocks"]:
         name = block_name(block, found["shots"])
-        parts += [f"## {name[0].upper()}{name[1:]}", _scores(found, block)]
-        if comparisons(found, block):
-            parts += ["Differences in points, with 95 % intervals:", _differences(found, block)]
-        if any(column.of_labels for column in columns_of(found, block)):
+        parts.append(f"## {name[0].upper()}{name[1:]}")
+        columns = columns_of(found, block)
+        parts.append(_scores(found, block) if columns else "No answers yet.")
+        for student, compared in _by_student(comparisons(found, block)).items():
+            parts += [f"`{student}`, differences in points with 95 % intervals:", _differences(found, block, compared)]
+        if any(column.of_labels for column in columns):
             parts += ["Classification, by the likelihood of the labels, and generated answers that are no label:"]
             parts.append(_labels(found, block))
     parts += ["## Examples", _examples(found), _legend(found), notes(found)]
@@ -73,10 +76,6 @@ class Comparison(NamedTuple):
     arm: str
     to: str
 
-    @property
-    def title(self) -> str:
-        return f"{self.student} {self.arm} - {self.to}"
-
     def of(self, found: Mapping[str, Any], block: str, column: Column) -> Mapping[str, Any] | None:
         """The difference in one column."""
         row = found["students"][self.student]["blocks"][block][column.task][column.metric]["rows"].get(self.arm, {})
@@ -94,6 +93,13 @@ def comparisons(found: Mapping[str, Any], block: str) -> list[Comparison]:
         for comparison in (Comparison(student, arm, other) for other in others)
         if any(comparison.of(found, block, column) for column in columns_of(found, block))
     ]
+
+
+def _by_student(compared: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    students: dict[str, list[Comparison]] = {}
+    for comparison in compared:
+        students.setdefault(comparison.student, []).append(comparison)
+    return students
 
 
 def _rows(found: Mapping[str, Any], block: str, columns: Sequence[Column]) -> list[tuple[str, str, list[Any]]]:
@@ -130,12 +136,28 @@ def _scores(found: Mapping[str, Any], block: str) -> str:
                 text = f"**{text}**" if round(100 * cell["mean"], 2) == best else text
             line.append(text)
         lines.append(line)
-    return markdown(["model", *(column.title for column in columns)], lines)
+    return _stacked(["model", *(column.title for column in columns)], lines, [column.task for column in columns])
 
 
-def _differences(found: Mapping[str, Any], block: str) -> str:
-    """A row a metric, a column an arm of a student; a star where p (Holm) is below the level."""
-    compared = comparisons(found, block)
+def _stacked(head: Sequence[str], rows: Sequence[Sequence[str]], tasks: Sequence[str]) -> str:
+    """A table, or several below each other where it would be too wide for a terminal: each with the first column, the
+    columns of a task (`tasks`, a column each) together.
+    """
+
+    def part(chosen: Sequence[int]) -> str:
+        return markdown([head[0], *(head[i] for i in chosen)], [[row[0], *(row[i] for i in chosen)] for row in rows])
+
+    parts: list[list[int]] = [[]]
+    for task in dict.fromkeys(tasks):
+        columns = [i for i, other in enumerate(tasks, 1) if other == task]
+        if parts[-1] and part([*parts[-1], *columns]).index("\n") > _WIDEST:
+            parts.append([])
+        parts[-1] += columns
+    return "\n\n".join(map(part, parts))
+
+
+def _differences(found: Mapping[str, Any], block: str, compared: Sequence[Comparison]) -> str:
+    """A row a metric, a column a pair of arms of one student; a star where p (Holm) is below the level."""
     lines = []
     for column in columns_of(found, block):
         line = [column.title]
@@ -144,7 +166,7 @@ def _differences(found: Mapping[str, Any], block: str) -> str:
             star = " *" if difference is not None and difference["p_holm"] < _LEVEL else ""
             line.append(points(difference) + star)
         lines.append(line)
-    return markdown(["metric", *(comparison.title for comparison in compared)], lines)
+    return markdown(["metric", *(f"{comparison.arm} - {comparison.to}" for comparison in compared)], lines)
 
 
 def _labels(found: Mapping[str, Any], block: str) -> str:
@@ -162,7 +184,7 @@ def _labels(found: Mapping[str, Any], block: str) -> str:
         for by_likelihood, by_text in zip(cells, written, strict=True):
             line += [f"{100 * by_likelihood['mean']:.2f}", f"{100 * by_text['unparsable'] / by_text['n']:.1f} %"]
         lines.append(line)
-    return markdown(head, lines)
+    return _stacked(head, lines, [task for task, _ in columns for _ in range(2)])
 
 
 def _examples(found: Mapping[str, Any]) -> str:
@@ -170,9 +192,10 @@ def _examples(found: Mapping[str, Any]) -> str:
     models = {**found["references"], **found["students"]}
 
     def too_long(model: Mapping[str, Any], block: str, task: str) -> float:
-        cells = next(iter(model["blocks"][block][task].values()))
-        rows = [row for name, row in cells["rows"].items() if name != "few_shot"] if "rows" in cells else [cells]
-        return max((row["too_long"] for row in rows), default=0)
+        for cells in model["blocks"][block][task].values():  # any metric, but none of a student without answers
+            rows = [row for name, row in cells["rows"].items() if name != "few_shot"] if "rows" in cells else [cells]
+            return max((row["too_long"] for row in rows), default=0)
+        return 0
 
     lines = []
     for block, tasks in found["blocks"].items():
@@ -203,6 +226,6 @@ def _legend(found: Mapping[str, Any]) -> str:
             "further arms are compared in the table of differences."
         )
     return (
-        f"{text} *: p below {_LEVEL} after Holm's adjustment over the metrics of a block, for each student and pair of "
+        f"{text} *: p below {_LEVEL} after Holm's adjustment over the metrics of a block, of each student and pair of "
         "arms. Contexts were cut to the task's limit in words; the cut is the same for every model."
     )

@@ -28,7 +28,8 @@ def tables_of(found: Mapping[str, Any]) -> str:
                 f"### Choice of `{student}`'s checkpoints, on held-out training rows",
                 _held_out_table(of_student["held_out"]),
             ]
-    return "\n\n".join([*blocks, notes(found)]) + "\n"
+    adjusted = " p (Holm) is adjusted over the checkpoints of an arm."
+    return "\n\n".join([*blocks, notes(found) + adjusted]) + "\n"
 
 
 def block_name(block: str, shots: int) -> str:
@@ -38,7 +39,7 @@ def block_name(block: str, shots: int) -> str:
 
 
 def notes(found: Mapping[str, Any]) -> str:
-    """How to read the numbers of a report."""
+    """How to read the numbers of a report, in whichever table."""
     chosen = {
         "last": "its last checkpoint",
         "held_out": "the checkpoint that was best on held-out training rows (of equals, the earliest)",
@@ -54,10 +55,12 @@ def notes(found: Mapping[str, Any]) -> str:
     text = (
         f"An arm's row is {chosen}. Baselines are the untouched student: zero_shot reads the bare prompt, few_shot the "
         "worked examples before it. Unparsable answers count as wrong; unfinished ones were cut at "
-        "eval.max_new_tokens. Intervals: Wilson's for right-or-wrong scores, else the bootstrap. Differences are "
-        "paired, in percentage points: exact McNemar test with Newcombe's interval, else the paired bootstrap; "
-        "p (Holm) is adjusted over the checkpoints of an arm."
+        "eval.max_new_tokens. Intervals: Wilson's where all scores of a column are right or wrong, else the bootstrap "
+        "over examples. Differences are paired, in percentage points: exact McNemar test with Newcombe's interval, "
+        "else the paired bootstrap."
     )
+    if {"bleu", "chrf"} & set(found["metrics"]):
+        text += " BLEU and chrF are of a corpus: the bootstrap draws whole corpora, the same ones for both of a pair."
     if any(row["seeds"] > 1 for row in rows):
         text += (
             " An arm that was trained with several seeds has one row, their mean: its interval holds the seeds' share "

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stage3_eval.compare import (
+    Z_95,
     Corpus,
+    Estimate,
     Measured,
     difference,
     estimate,
@@ -184,14 +186,33 @@ def test_a_corpus_score_is_not_compared_with_a_mean():
         difference(counts(4, 0.5, 1), (0.0, 1.0, 1.0, 0.0))
 
 
+def around(mean, error, lopsided=1.0):
+    """A right-or-wrong score of this error; its interval reaches further up than down by a factor."""
+    return Estimate(100, mean, error, mean - Z_95 * error, mean + lopsided * Z_95 * error)
+
+
 def test_over_seeds_by_hand():
     """t of 2 degrees of freedom is 4.3027 at 97.5 %."""
-    found = over_seeds([0.80, 0.84, 0.88], [0.01, 0.02, 0.03])
+    found = over_seeds([around(0.80, 0.01, 3), around(0.84, 0.02, 3), around(0.88, 0.03, 3)])
     of_seeds = 0.04 / np.sqrt(3)
-    half = np.hypot(4.302653 * of_seeds, 1.959964 * 0.02)
+    below = np.hypot(4.302653 * of_seeds, 1.959964 * 0.02)
+    above = np.hypot(4.302653 * of_seeds, 3 * 1.959964 * 0.02)
     assert (found.mean, found.values) == (pytest.approx(0.84), (0.80, 0.84, 0.88))
     assert found.standard_error == pytest.approx(np.hypot(of_seeds, 0.02))
-    assert (found.low, found.high) == pytest.approx((0.84 - half, 0.84 + half))
+    assert (found.low, found.high) == pytest.approx((0.84 - below, 0.84 + above))
+
+
+@pytest.mark.parametrize("right", [0, 1, 250, 499, 500])
+def test_equal_seeds_have_the_interval_of_one(right):
+    """At the ends too: none of 500 right is [0, 0.76 %], and no more certain for having happened three times."""
+    one = estimate([1.0] * right + [0.0] * (500 - right))
+    found = over_seeds([one] * 3)
+    assert (found.mean, found.standard_error, found.low, found.high) == pytest.approx(
+        (one.mean, one.standard_error, one.low, one.high), abs=1e-12
+    )
+    gained = difference([1.0] * right + [0.0] * (500 - right), [0.0] * 500)
+    found = over_seeds([gained] * 3)
+    assert (found.low, found.high) == pytest.approx((gained.low, gained.high), abs=1e-12)
 
 
 def test_over_seeds_covers_the_truth_as_often_as_it_says():
@@ -200,12 +221,20 @@ def test_over_seeds_covers_the_truth_as_often_as_it_says():
     hit = 0
     for _ in range(2000):
         drawn = 0.02 * rng.standard_normal()  # the same examples for all seeds
-        found = over_seeds(0.7 + drawn + 0.03 * rng.standard_normal(3), [0.02] * 3)
+        found = over_seeds([around(0.7 + drawn + 0.03 * luck, 0.02) for luck in rng.standard_normal(3)])
         hit += found.low < 0.7 < found.high
     assert 0.94 < hit / 2000 < 0.99
 
 
-@pytest.mark.parametrize(("values", "errors"), [([0.5], [0.1]), ([0.5, 0.6], [0.1])])
-def test_one_seed_says_nothing_about_seeds(values, errors):
+@pytest.mark.parametrize("repeats", [[], [around(0.5, 0.1)]])
+def test_one_seed_says_nothing_about_seeds(repeats):
     with pytest.raises(ValueError, match="two seeds or more"):
-        over_seeds(values, errors)
+        over_seeds(repeats)
+
+
+def test_scores_of_a_graded_metric_are_no_proportions_even_if_all_are_right_or_wrong():
+    right = [1.0] * 60 + [0.0] * 40
+    found = estimate(right, graded=True)
+    assert (found.low, found.high) == pytest.approx((0.5, 0.69), abs=0.011)  # multiples of a hundredth: the bootstrap's
+    assert (found.low, found.high) != (estimate(right).low, estimate(right).high)
+    assert difference(right, right[::-1], graded=True).test == "paired bootstrap"

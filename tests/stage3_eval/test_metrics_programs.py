@@ -254,7 +254,7 @@ FORGERIES = {
         "                return eval(v['expressions'][0].partition('==')[2] or 'None')\n        frame = frame.f_back\n"
     ),
     "its own methods": (
-        "class A:\n    __getattr__ = lambda s, name: lambda *a: True\n    __getitem__ = __contains__ = lambda s, k: True\n"
+        "class A:\n    __getattr__ = lambda s, name: lambda *a: True\n    __getitem__ = lambda s, key: True\n"
         "def rev(x):\n    return A()"
     ),
     "search memory": (

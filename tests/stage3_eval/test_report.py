@@ -15,7 +15,8 @@ from stage3_eval.conditions import Condition, TrainedRun
 from stage3_eval.evaluate import Evaluated
 from stage3_eval.predictions import Prediction, PredictionFile
 from stage3_eval.report import pictures, read_losses, write_report
-from stage3_eval.report.results import reference_arm, results
+from stage3_eval.report.results import results
+from stage3_eval.report.rows import reference_arm
 from stage3_eval.report.tables import tables_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "stage3_table.md"

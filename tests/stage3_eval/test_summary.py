@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from pipeline.recipe import load_recipe
 from pipeline.tasks import Example
 from stage3_eval.blocks import Block
-from stage3_eval.compare import Z_95, difference, holm, over_seeds, p_over_seeds, wilson
+from stage3_eval.compare import Z_95, Difference, difference, estimate, holm, over_seeds, p_over_seeds
 from stage3_eval.conditions import Condition, TrainedRun
 from stage3_eval.evaluate import Evaluated
 from stage3_eval.predictions import Prediction, PredictionFile
-from stage3_eval.report import pictures, write_report
+from stage3_eval.report import pictures, summary, write_report
 from stage3_eval.report.results import results
 from stage3_eval.report.summary import summary_of
+from stage3_eval.report.tables import tables_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "stage3_summary.md"
 BOOLQ = tuple(
@@ -123,11 +124,11 @@ def test_an_arms_row_is_the_mean_over_its_seeds(found):
     assert (row["seeds"], row["n"], row["checkpoint"]) == (2, 10, 4)
     assert [run["mean"] for run in row["runs"]] == [0.6, 0.7]
     assert row["mean"] == pytest.approx(0.65)
-    widths = [wilson(k, 10)[1] - wilson(k, 10)[0] for k in (6, 7)]
-    expected = over_seeds([0.6, 0.7], [width / (2 * Z_95) for width in widths])
+    expected = over_seeds([estimate([1.0] * k + [0.0] * (10 - k)) for k in (6, 7)])
     assert row["interval"] == pytest.approx([max(expected.low, 0), min(expected.high, 1)])
     assert row["standard_error"] == pytest.approx(expected.standard_error)
-    assert (row["unparsable"], row["too_long"]) == (1.0, 1.0)  # the example that was not asked cannot be read either
+    assert [run["unparsable"] for run in row["runs"]] == [0, 0]  # the one that is no label was not asked
+    assert (row["unparsable"], row["too_long"]) == (0.0, 1.0)
     assert cells(found, "gpt2", "test", "boolq", "accuracy")["zero_shot"]["seeds"] == 0
 
 
@@ -190,6 +191,53 @@ def test_the_summary_is_the_golden_one(found):
     assert summary_of(found) == GOLDEN.read_text(encoding="utf-8")
 
 
+def test_a_table_too_wide_for_a_terminal_goes_on_below_with_the_columns_of_a_task_together():
+    tasks = [f"task_{i}" for i in range(10) for _ in range(2)]
+    head = ["model", *(f"{task} metric {i % 2}" for i, task in enumerate(tasks))]
+    rows = [[name, *(f"{i:.2f}" for i in range(20))] for name in ("base", "sft")]
+    tables = [part.splitlines() for part in summary._stacked(head, rows, tasks).split("\n\n")]
+    assert [table[0].count("metric") for table in tables] == [6, 6, 6, 2]
+    assert all(100 < len(line) <= 150 for table in tables[:3] for line in table)
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in (t[-1] for t in tables)]
+    assert [cell for part in cells for cell in part] == [f"{i:.2f}" for i in range(20)]
+    assert [table[3].split("|")[1].strip() for table in tables] == ["sft"] * 4
+
+
+def test_a_student_without_an_answer_makes_no_row_and_no_error(recipe):
+    """Before its first checkpoint, with no baseline asked of it; and where nobody has answered anything."""
+    text = summary_of(results(recipe, BLOCKS, [MODELS[0], model("gpt2", {}, too_long=True), MODELS[2]], {}))
+    assert "| smol sft " in text and "gpt2" not in text
+    assert "| boolq, test split             |       10 |            1 |" in text
+    text = summary_of(results(recipe, BLOCKS, [model("gpt2", {})], {}))
+    assert text.count("No answers yet.") == len(BLOCKS)
+    untouched = results(recipe, BLOCKS, [model("gpt2", {"zero_shot": MADE["zero_shot"]})], {})
+    assert "differences in points" not in summary_of(untouched)
+
+
+def test_a_column_has_one_kind_of_interval_over_all_models_and_one_name(recipe):
+    """The student's answers here are all right or wrong; the reference's are half right, so F1 is no accuracy."""
+    alone = model("smol", {"zero_shot": (1, 8, 5, 2, 0, 0)})
+    binary = results(recipe, BLOCKS, [alone], {})
+    both = results(recipe, BLOCKS, [MODELS[0], alone], {})
+    assert binary["students"]["smol"]["blocks"]["test"]["squad"]["f1"]["right_or_wrong"]
+    assert not both["students"]["smol"]["blocks"]["test"]["squad"]["f1"]["right_or_wrong"]
+    assert both["students"]["smol"]["blocks"]["test"]["squad"]["exact_match"]["right_or_wrong"]
+    values = [1.0] * 2 + [0.0] * 8
+    for found, graded in ((binary, False), (both, True)):
+        expected = estimate(values, graded)
+        interval = cells(found, "smol", "test", "squad", "f1")["zero_shot"]["interval"]
+        assert interval == [expected.low, expected.high]
+    details = tables_of(both)
+    assert "| condition | checkpoint |  n |   score |" in details.partition("### f1")[2].partition("###")[0]
+
+
+def test_each_report_says_over_what_its_p_values_are_adjusted(found):
+    assert "adjustment over the metrics of a block" in summary_of(found)
+    assert "over the checkpoints" not in summary_of(found)
+    assert "adjusted over the checkpoints of an arm" in tables_of(found)
+    assert "BLEU and chrF are of a corpus" in summary_of(found)
+
+
 def test_the_report_of_a_mixture_has_the_summary_and_the_details(recipe, tmp_path):
     recipe = recipe.model_copy(update={"run_dir": str(tmp_path / "run")})
     text, files = write_report(recipe, BLOCKS, MODELS, ["stage3_eval"])
@@ -226,14 +274,22 @@ def test_the_picture_of_differences_shows_the_numbers(found):
 )
 def test_p_over_seeds_is_the_level_at_which_the_interval_ends_at_zero(values, errors):
     """Against the interval itself: below 0.05 exactly where the 95 % interval leaves zero out."""
-    found = over_seeds(values, errors[: len(values)])
-    p = p_over_seeds(values, errors[: len(values)])
+    repeats = [
+        Difference(9, v, e, v - e * Z_95, v + 2 * e * Z_95, 0.5, 1, 1, "")
+        for v, e in zip(values, errors[: len(values)], strict=True)
+    ]
+    found, p = over_seeds(repeats), p_over_seeds(repeats)
     assert 0 <= p <= 1
     if min(abs(found.low), abs(found.high)) > 1e-9:
         assert (p < 0.05) == (found.low > 0 or found.high < 0)
 
 
 def test_p_over_seeds_without_deviation_is_the_normal_tail():
-    assert p_over_seeds([0.1, 0.1, 0.1], [0.05] * 3) == pytest.approx(0.0455, abs=1e-4)  # two standard errors
-    assert p_over_seeds([0.1, -0.1], [0.0, 0.0]) == 1.0
-    assert p_over_seeds([0.0, 0.2], [0.0, 0.0]) == pytest.approx(0.5)  # t of one degree at 1: Cauchy's quartile
+    def p_of(values, error):
+        return p_over_seeds(
+            [Difference(9, v, error, v - error * Z_95, v + error * Z_95, 0.5, 1, 1, "") for v in values]
+        )
+
+    assert p_of([0.1, 0.1, 0.1], 0.05) == pytest.approx(0.0455, abs=1e-4)  # two standard errors
+    assert p_of([0.1, -0.1], 0.0) == 1.0
+    assert p_of([0.0, 0.2], 0.0) == pytest.approx(0.5)  # t of one degree at 1: Cauchy's quartile
