@@ -35,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, arguments = time.monotonic(), recipe_arguments(args)
     check_available((metric for task in recipe.data.tasks for metric in get_task(task).metrics), recipe.eval.metrics)
     blocks, evaluated = Blocks(recipe), []
-    for name in [*recipe.eval.references, *recipe.students]:  # one after another: each frees its memory before the next
-        run = ModelRun(recipe, name, blocks, arguments, args.rescore)
+    names = [*recipe.eval.references, *recipe.students]
+    runs = [ModelRun(recipe, name, blocks, arguments, args.rescore) for name in names]  # all are found before one runs
+    for run in runs:  # one after another: each frees its memory before the next
         for note in run.notes:
             print(note, flush=True)
-        if args.student not in (None, name) and not run.complete():
-            print(f"{name}: not asked for, and some of its answers are missing; it is left out of the report")
+        if args.student not in (None, run.name) and not run.complete():
+            print(f"{run.name}: not asked for, and some of its answers are missing; it is left out of the report")
             continue
         evaluated.append(run.evaluate())
     command = ["stage3_eval", *arguments, *(["--rescore"] if args.rescore else [])]

@@ -42,8 +42,8 @@ class Job(NamedTuple):
 class Answers:
     """The prediction files of one subject, and the engine that fills them.
 
-    rescore: never generate; take the predictions that were written last, whatever model wrote them, so that neither
-    the model nor its checkpoints are needed.
+    rescore: never generate; take the predictions that were written last, whatever weights wrote them, so that neither
+    the model nor its checkpoints are needed. What the recipe itself says of how they are written must agree.
     """
 
     def __init__(self, recipe: Recipe, subject: Subject, blocks: Blocks, rescore: bool = False) -> None:
@@ -97,7 +97,8 @@ class Answers:
                 self._generate(job, examples, bar)
 
     def close(self) -> None:
-        """Free the model's memory."""
+        """Free the model's memory, and that of its prompts."""
+        self._ids.clear()
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -116,6 +117,7 @@ class Answers:
                     "without --rescore to generate them"
                 )
             check_not_stale(condition, found.identity, self._run_dir, name)
+            self._check_settings(found)
             self.files[key] = found
         else:
             identity = self._identity(condition, block)
@@ -129,9 +131,31 @@ class Answers:
             **self.subject.identity(),
             "adapter": condition.adapter_sha256,
             "shots": {"count": shots.count, "seed": shots.seed, "policy": shots.policy} if shots else None,
+            **self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """The part of an identity that the recipe alone knows."""
+        return {
             "engine": self.subject.engine,
             "decoding": {"kind": "greedy", "max_new_tokens": self.recipe.eval.max_new_tokens},
         }
+
+    def _check_settings(self, found: PredictionFile) -> None:
+        """Raise RunError where kept predictions were made with other settings than the recipe's."""
+        made = {**found.identity, **found.identity.get(self.subject.kind, {})}
+        asked = {**self.subject.arithmetic, **self._settings()}
+        differing = [
+            f"  {key}: made with {made.get(key)}, the recipe says {value}"
+            for key, value in asked.items()
+            if made.get(key) != value
+        ]
+        if differing:
+            raise RunError(
+                "\n".join([f"--rescore: {found.path} was made with other settings:", *differing])
+                + "\nTwo ways out: rescore with the recipe and the --set it was made with, or run python -m "
+                "stage3_eval without --rescore"
+            )
 
     def _shots(self, job: Job, example: Example) -> tuple[Example, ...]:
         shots = self._blocks.training_set.shots if job.condition.few_shot else job.block.shots

@@ -94,17 +94,22 @@ def find_runs(
 
 
 def kept_runs(recipe: Recipe, run_dir: RunDir, student: str) -> list[TrainedRun]:
-    """The trainings whose predictions were kept, without their checkpoints: for scoring where the model is not."""
+    """The trainings whose predictions were kept, without their checkpoints: for scoring where the model is not.
+
+    Raises RunError as `find_runs` does, where what they were trained with is still known.
+    """
     steps: dict[str, dict[int, Condition]] = {}
     for name in kept_conditions(run_dir, student):
-        run, at, step = name.rpartition("@")
+        of, at, step = name.rpartition("@")
         if at and step.isdecimal() and int(step) <= recipe.train.steps:
-            steps.setdefault(run, {})[int(step)] = Condition(name, run, int(step))
-    return [
-        TrainedRun(run.name, run.arm, dict(sorted(steps[run.name].items())), {})
-        for run in recipe.arm_runs
-        if run.name in steps
-    ]
+            steps.setdefault(of, {})[int(step)] = Condition(name, of, int(step))
+    runs = []
+    for run in recipe.arm_runs:
+        if run.name in steps:
+            folder = run_dir.arm(student, run.name)
+            trained_with = _trained_with(folder, recipe, student, run) if folder.identity.is_file() else {}
+            runs.append(TrainedRun(run.name, run.arm, dict(sorted(steps[run.name].items())), trained_with))
+    return runs
 
 
 def check_not_stale(condition: Condition, identity: Mapping[str, Any], run_dir: RunDir, student: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pipeline.errors import RunError
 from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
+from pipeline.tasks import get_task
 from stage3_eval import predictions
 from stage3_eval.answers import Answers, Job
 from stage3_eval.blocks import HELD_OUT, Block, Blocks, by_task
@@ -41,7 +42,8 @@ class Evaluated:
 
 class ModelRun:
     """One model, by its name among the recipe's students or references. arguments: the `--recipe` and `--set` of this
-    run, for hints. rescore: see `Answers`.
+    run, for hints. rescore: see `Answers`. Raises ModelError where its model is not there, RunError where an arm is
+    not the recipe's or, when rescoring, nothing was kept.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class ModelRun:
         elif self.is_student:
             self.runs, self.notes = find_runs(recipe, self._run_dir, name, arguments)
         self._subject = Subject(recipe, name)
+        if not rescore:
+            self._subject.look_for()  # now, so that a model that is not there is no surprise after hours
         self._answers = Answers(recipe, self._subject, blocks, rescore)
         if rescore and not self.runs and not self._untouched():
             raise RunError(
@@ -136,7 +140,7 @@ class ModelRun:
 def first_metric_mean(recipe: Recipe, block: Block, answers: Mapping[str, Prediction], where: str) -> float:
     """Mean of each task's first metric over all examples of a block."""
     values: list[float] = []
-    for members in by_task(block.examples).values():
-        measured = score(members, answers, where, recipe.eval.metrics).measured
-        values += next(iter(measured.values())).values
+    for task, members in by_task(block.examples).items():
+        first = get_task(task).metrics[0]
+        values += score(members, answers, where, recipe.eval.metrics, [first]).measured[first].values
     return mean(values)

@@ -5,7 +5,8 @@
 The first line is the header: the identity (everything that decides the text: weights, adapter, tokenizer and
 layout, engine, length limit, ...), and provenance. Then a line an example. The identity's hash is in the file's name,
 so what was generated under another one is simply not found. A line also carries a digest of its prompt text with the
-worked examples in it, so it is found by its content, whatever examples are asked for. Called by `answers`.
+worked examples in it and of the labels to weigh, so it is found by its content, whatever examples are asked for.
+Called by `answers`.
 """
 
 import hashlib
@@ -71,7 +72,7 @@ class PredictionFile:
     provenance: Mapping[str, Any]
 
     def of(self, example: Example, digest: str) -> Prediction | None:
-        """The prediction for an example, if it was made for this very prompt and its labels were weighed."""
+        """The prediction for an example, if it was made for this very prompt and labels, and those were weighed."""
         found = self.predictions.get(example.id)
         if found is None or found.prompt != digest:
             return None
@@ -80,8 +81,9 @@ class PredictionFile:
 
 
 def prompt_digest(example: Example, shots: Sequence[Example] = ()) -> str:
-    """A short hash of the untemplated prompt and its worked examples."""
+    """A short hash of what is asked: the untemplated prompt, its worked examples and, if there are, its labels."""
     content = [example.task, example.prompt, [[shot.prompt, shot.answer] for shot in shots]]
+    content += [list(example.labels)] if example.labels else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -37,11 +37,15 @@ class Scores:
 
 
 def score(
-    examples: Sequence[Example], predictions: Mapping[str, Prediction], where: str, settings: Metrics | None = None
+    examples: Sequence[Example],
+    predictions: Mapping[str, Prediction],
+    where: str,
+    settings: Metrics | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> Scores:
     """Score the predictions (id -> prediction) of examples that are all of one task.
 
-    where: names the condition in errors. settings: the recipe's eval.metrics.
+    where: names the condition in errors. settings: the recipe's eval.metrics. metrics: None for all of the task's.
     Raises RunError where a prediction is missing, or a metric cannot be computed.
     """
     missing = [example.id for example in examples if example.id not in predictions]
@@ -51,7 +55,8 @@ def score(
             "run python -m stage3_eval without --rescore to generate them"
         )
     chosen = [predictions[example.id] for example in examples]
-    measured = _measured(get_task(examples[0].task), examples, chosen, settings or Metrics())
+    task = get_task(examples[0].task)
+    measured = _measured(task, metrics or task.metrics, examples, chosen, settings or Metrics())
     too_long = sum(prediction.too_long for prediction in chosen)
     if too_long:
         measured = {metric: _wrong_where_too_long(found, chosen) for metric, found in measured.items()}
@@ -65,13 +70,13 @@ def score(
 
 
 def _measured(
-    task: Task, examples: Sequence[Example], answers: Sequence[Prediction], settings: Metrics
+    task: Task, metrics: Sequence[str], examples: Sequence[Example], answers: Sequence[Prediction], settings: Metrics
 ) -> dict[str, Measured]:
-    """Every metric of the task, in its order: those of `stage3_eval.metrics`, the others by the task's own score."""
+    """These metrics in their order: those of `stage3_eval.metrics`, the others by the task's own score."""
     pairs = zip(answers, examples, strict=True)
     rows = [task.score(answer.prediction, example) for answer, example in pairs] if task.score else []
     measured = {}
-    for name in task.metrics:
+    for name in metrics:
         if name in METRICS:
             measured[name] = metric_module(name).measure(name, examples, answers, settings)
         elif rows and name in rows[0]:

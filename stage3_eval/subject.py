@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import ModelError
 from pipeline.recipe import Recipe
 from pipeline.sections import Reference
 from stage3_eval.generate import Engine
@@ -31,11 +32,30 @@ class Subject:
         """What generates: eval.engine; references always run on transformers, since vLLM has no encoder-decoders."""
         return "hf" if isinstance(self.settings, Reference) else self._recipe.eval.engine
 
+    @property
+    def kind(self) -> str:
+        return "reference" if isinstance(self.settings, Reference) else "student"
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """In what numbers it is run."""
+        of_reference = {"quantization": self.settings.quantization} if isinstance(self.settings, Reference) else {}
+        return {"dtype": self.settings.dtype, **of_reference}
+
     @cached_property
     def source(self) -> "ModelSource":
+        """Where it lies; see `look_for`."""
         from pipeline.models import locate
 
-        return locate(self.settings.model, self.settings.revision)
+        try:
+            return locate(self.settings.model, self.settings.revision)
+        except ModelError as error:
+            section = "eval.references" if isinstance(self.settings, Reference) else "students"
+            raise ModelError(f"{section}.{self.name}: {error}") from None
+
+    def look_for(self) -> None:
+        """Raise ModelError, naming the recipe's key, where there is no such model. Reads no weights."""
+        _ = self.source
 
     @cached_property
     def weights(self) -> str:
@@ -76,10 +96,7 @@ class Subject:
         from pipeline.models import tokenizer_digest
 
         tokenizer = {"sha256": tokenizer_digest(self.prompts.tokenizer), **self.prompts.describe()}
-        if isinstance(self.settings, Reference):
-            what = {"dtype": self.settings.dtype, "quantization": self.settings.quantization}
-            return {"reference": {"weights": self.weights, **what}, "tokenizer": tokenizer}
-        return {"student": {"weights": self.weights, "dtype": self.settings.dtype}, "tokenizer": tokenizer}
+        return {self.kind: {"weights": self.weights, **self.arithmetic}, "tokenizer": tokenizer}
 
     def load(self, longest: int, adapters: Sequence[Path]) -> Engine:
         """Its engine. longest: tokens of the longest prompt with its answer. adapters: those it will be asked for.

@@ -8,6 +8,7 @@ trained model and read one lower-case word at a time; with eval.metrics.spacy_mo
 at the sentence. The concepts go through the same lemmatizer.
 """
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,17 +22,27 @@ from stage3_eval.compare import Measured
 from stage3_eval.predictions import Prediction
 
 LIBRARIES = {"spacy": "spacy", "spacy-lookups-data": "spacy_lookups_data"}
+_ELSE = "name another, or leave the key out for blank English with lookup lemmas"
 _UNUSED = ("parser", "senter", "ner")  # parts of a trained pipeline that no lemma comes from
 
 
 def check(settings: Metrics) -> None:
-    """Raise RunError where the trained pipeline is neither a folder nor an installed package."""
+    """Raise RunError where the trained pipeline is neither a folder nor an installed package, or has no lemmatizer."""
     name = settings.spacy_model
-    if name is not None and not Path(name).is_dir() and not (name.isidentifier() and find_spec(name)):
+    if name is None:
+        return
+    package = find_spec(name) if name.isidentifier() else None
+    folder = Path(package.origin).parent if package and package.origin and not Path(name).is_dir() else Path(name)
+    if not folder.is_dir():
+        raise RunError(f"eval.metrics.spacy_model={name}: neither a folder nor an installed spaCy pipeline; {_ELSE}")
+    try:
+        parts = list(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["pipeline"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"eval.metrics.spacy_model={name}: neither a folder nor an installed spaCy pipeline; install it, or leave "
-            "the key out for blank English with lookup lemmas"
-        )
+            f"eval.metrics.spacy_model={name}: expected a folder written by spaCy's to_disk, whose meta.json names the "
+            f"parts of its pipeline: {error}; {_ELSE}"
+        ) from None
+    _check_lemmatizer(name, parts)
 
 
 def measure(name: str, examples: Sequence[Example], answers: Sequence[Prediction], settings: Metrics) -> Measured:
@@ -72,6 +83,11 @@ def _pipeline(model: str | None) -> Any:
         trained = spacy.load(model, exclude=_UNUSED)
     except (OSError, ValueError) as error:
         raise RunError(f"eval.metrics.spacy_model={model}: it cannot be loaded: {str(error).splitlines()[0]}") from None
-    if not any("lemmatizer" in part for part in trained.pipe_names):
-        raise RunError(f"eval.metrics.spacy_model={model}: it has no lemmatizer, only {', '.join(trained.pipe_names)}")
+    _check_lemmatizer(model, trained.pipe_names)
     return trained
+
+
+def _check_lemmatizer(model: str, parts: Sequence[str]) -> None:
+    if not any("lemmatizer" in part for part in parts):
+        found = f"only {', '.join(parts)}" if parts else "nor any other part"
+        raise RunError(f"eval.metrics.spacy_model={model}: it has no lemmatizer, {found}; {_ELSE}")

@@ -219,6 +219,21 @@ def test_a_repeat_trained_with_another_seed_is_refused(run):
         student_run(recipe)
 
 
+def test_a_checkpoint_is_chosen_by_the_first_metric_and_no_other_is_computed(run, monkeypatch):
+    """BERTScore or the programs' sandbox would be paid for at every checkpoint, and not looked at."""
+    measured = []
+    real = evaluate.score
+
+    def watched(*args):
+        found = real(*args)
+        measured.extend(found.measured)
+        return found
+
+    monkeypatch.setattr(evaluate, "score", watched)
+    evaluated(run, "eval.select=held_out", "data.held_out=6")
+    assert set(measured) == {"strict"}
+
+
 def test_held_out_accuracy_is_the_first_metric_of_the_held_out_answers(run):
     found = evaluated(run, "eval.select=held_out", "data.held_out=6")
     assert set(found.held_out["sft"]) == {2, 4}
@@ -253,6 +268,34 @@ def test_rescoring_says_what_is_missing(run):
         evaluated(run, rescore=True)
     with pytest.raises(RunError, match=r"toy/zero_shot has no predictions on validation"):
         evaluated(run, "eval.splits=[validation]", f"data.dir={validation_rows(run)}", rescore=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("eval.max_new_tokens=3", "max_new_tokens': 16}, the recipe says {'kind': 'greedy', 'max_new_tokens': 3}"),
+        ("eval.engine=vllm", "engine: made with hf, the recipe says vllm"),
+        ("students.toy.dtype=bfloat16", "dtype: made with float32, the recipe says bfloat16"),
+    ],
+)
+def test_rescoring_refuses_predictions_made_with_other_settings(run, override, said):
+    """Old answers under a new recipe's name would be a false report."""
+    evaluated(run, "eval.baselines=[zero_shot]")
+    with pytest.raises(RunError) as refused:
+        evaluated(run, "eval.baselines=[zero_shot]", override, rescore=True)
+    assert said in str(refused.value)
+    assert "without --rescore" in str(refused.value)
+
+
+def test_rescoring_refuses_arms_trained_with_other_settings_and_says_what_they_were_trained_with(run):
+    recipe = run.recipe()
+    evaluated(run)
+    for arm in ("sft", "distill"):
+        record = {"cache": "f" * 64, "train": recipe.train.model_dump(mode="json", exclude={"micro_batch_size"})}
+        RunDir.of(recipe).arm("toy", arm).identity.write_text(json.dumps(record))
+    assert [found.trained_with["cache"] for found in evaluated(run, rescore=True).runs] == ["f" * 64] * 2
+    with pytest.raises(RunError, match=r"train.lr: trained with 0.001, the recipe says 0.5"):
+        evaluated(run, "train.lr=0.5", rescore=True)
 
 
 def test_rescoring_refuses_predictions_of_an_adapter_that_was_trained_again(run):

@@ -154,10 +154,16 @@ def test_a_trained_pipeline_that_is_not_there_or_has_no_lemmas(tmp_path):
 
     with pytest.raises(RunError, match=r"spacy_model=en_nothing: neither a folder nor an installed"):
         check_available(["coverage"], Metrics(spacy_model="en_nothing"))
+    with pytest.raises(RunError, match=r"spacy_model=json: expected a folder written by spaCy's to_disk"):
+        check_available(["coverage"], Metrics(spacy_model="json"))
     spacy.blank("en").to_disk(tmp_path / "bare")
-    with pytest.raises(RunError, match="it has no lemmatizer"):
-        coverage(["dog"], "dogs", Metrics(spacy_model=str(tmp_path / "bare")))
+    with pytest.raises(RunError, match="it has no lemmatizer, nor any other part"):
+        check_available(["coverage"], Metrics(spacy_model=str(tmp_path / "bare")))
     (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"expected a folder written by spaCy's to_disk"):
+        check_available(["coverage"], Metrics(spacy_model=str(tmp_path / "empty")))
+    (tmp_path / "empty" / "meta.json").write_text('{"pipeline": ["lemmatizer"]}')
+    check_available(["coverage"], Metrics(spacy_model=str(tmp_path / "empty")))  # all that is cheap to look at
     with pytest.raises(RunError, match="cannot be loaded"):
         coverage(["dog"], "dogs", Metrics(spacy_model=str(tmp_path / "empty")))
 

@@ -128,6 +128,14 @@ def test_an_empty_answer_scores_nothing(encoder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_was_not_asked_is_not_unparsable(encoder):
+    example = Example("e0", "toy", "?", "a cat")
+    found = metric_module("bert_score").measure(
+        "bert_score", [example], [Prediction.unanswered(example, "")], settings_of(encoder)
+    )
+    assert (found.values, found.unparsable) == ((0.0,), 0)
+
+
 def test_values_do_not_depend_on_order_or_company(encoder):
     """Batches are sorted, and what was scored is not scored again: subsets have the very numbers of the whole."""
     module = metric_module("bert_score")
@@ -155,6 +163,10 @@ def test_what_cannot_serve_is_refused_before_anything_is_generated(encoder, tmp_
         check_available(["bert_score"], settings_of("./nowhere"))
     with pytest.raises(RunError, match=r"no encoder's config\.json"):
         check_available(["bert_score"], settings_of(tmp_path))
+    for content in ("[]", '{"num_hidden_layers": null}', "{"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(RunError, match=r"no encoder's config\.json"):
+            check_available(["bert_score"], settings_of(tmp_path))
     pickled = save_encoder(tmp_path / "pickled", "bert")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(RunError, match="expected weights as safetensors, found none"):

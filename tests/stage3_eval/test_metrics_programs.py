@@ -187,6 +187,12 @@ def test_right_and_wrong_programs():
 
 
 @sandboxed
+def test_what_was_not_asked_is_not_unparsable():
+    found = metric_module("passes").measure("passes", [REVERSE], [Prediction.unanswered(REVERSE, "")], SETTINGS)
+    assert (found.values, found.unparsable) == ((0.0,), 0)
+
+
+@sandboxed
 def test_values_keep_their_types():
     kinds = {
         "1 + 1j": True, "b'ab'": True, "{1: (2, [3])}": True, "{frozenset({1})}": True, "None": True, "1.5": True,

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from pipeline.errors import RunError
+from pipeline.errors import ModelError, RunError
 from stage3_eval import predictions
 from stage3_eval.__main__ import main
 from stage3_eval.blocks import UNSEEN_FEW_SHOT, Blocks
@@ -178,6 +178,24 @@ def test_a_metric_that_cannot_be_computed_stops_before_anything_is_generated(mix
     with pytest.raises(RunError, match=r"sacrebleu is not installed here; pip install 'logitbank\[metrics\]'"):
         main(mixture.arguments)
     assert not (mixture.folder / "predictions").exists()
+
+
+def test_a_model_that_is_not_there_is_named_by_its_key_before_anything_is_generated(mixture):
+    shutil.rmtree(mixture.folder / "predictions")
+    with pytest.raises(ModelError, match=r"^eval\.references\.other-gpt2: model /gone: no such folder"):
+        main(mixture.sets("eval.references.other-gpt2.model=/gone"))
+    with pytest.raises(ModelError, match=r"^students\.llama: model /gone: no such folder"):
+        main(mixture.sets("students.llama.model=/gone"))
+    assert not (mixture.folder / "predictions").exists()
+
+
+def test_a_report_before_the_first_checkpoint(mixture, capsys):
+    """No baseline is asked for and nothing is trained: the references stand alone."""
+    shutil.rmtree(mixture.folder / "students")
+    assert main(mixture.sets("eval.baselines=[]")) == 0
+    out = capsys.readouterr().out
+    assert "gpt2/sft: no checkpoint yet" in out
+    assert "| small-t5 " in out and "differences in points" not in out
 
 
 def test_references_free_their_memory_before_the_next_model_is_loaded(mixture, monkeypatch):

@@ -62,6 +62,18 @@ def test_a_prediction_of_another_prompt_is_not_taken(tmp_path):
     assert file.of(example, shown) is None
 
 
+def test_a_prediction_that_weighed_other_labels_is_not_taken(tmp_path):
+    """As many, but others; an example without labels has the digest it always had."""
+    example = Example("test/1", "anli", "so?", "yes", labels=("yes", "no"))
+    digest = predictions.prompt_digest(example)
+    made = Prediction("test/1", "anli", digest, "yes", 2, True, label_logprobs=(-1.0, -2.0))
+    file = predictions.save(empty(tmp_path), [made], {})
+    assert file.of(example, digest) == made
+    other = Example("test/1", "anli", "so?", "yes", labels=("yes", "maybe"))
+    assert file.of(other, predictions.prompt_digest(other)) is None
+    assert predictions.prompt_digest(Example("test/1", "gsm8k", "2+2?", "4")) == "697603732fad8e82"
+
+
 def test_the_newest_is_found_whatever_wrote_it(tmp_path):
     import os
 

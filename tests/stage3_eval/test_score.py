@@ -55,6 +55,23 @@ def test_a_tasks_own_metrics_and_those_of_the_libraries_in_the_tasks_order():
     assert unstemmed["rouge_l"].values < measured["rouge_l"].values
 
 
+def test_a_prompt_that_was_not_asked_is_not_unparsable_too():
+    """Each is counted once: an answer that cannot be read, and a prompt that had none."""
+    examples = [Example(f"test/{i}", "boolq", "?", "yes", labels=("yes", "no")) for i in range(3)]
+    found = {
+        "test/0": Prediction("test/0", "boolq", "", "perhaps", 2, True, label_logprobs=(-2.0, -1.0)),
+        "test/1": Prediction.unanswered(examples[1], ""),
+        "test/2": Prediction("test/2", "boolq", "", "yes", 2, True, label_logprobs=(-1.0, -2.0)),
+    }
+    scores = score(examples, found, "here")
+    assert (scores.too_long, scores.measured["accuracy"].unparsable) == (1, 1)
+    assert scores.measured["accuracy"].values == scores.measured["label_likelihood"].values == (0.0, 0.0, 1.0)
+
+
+def test_one_metric_alone():
+    assert list(score(EXAMPLES[:1], predicted("#### 0"), "here", None, ["flexible"]).measured) == ["flexible"]
+
+
 def test_a_metric_that_nobody_has_is_told_the_nearest(monkeypatch):
     misspelt = dataclasses.replace(get_task("gsm8k"), metrics=("strikt",))
     monkeypatch.setattr("pipeline.tasks.gsm8k.TASK", misspelt)
