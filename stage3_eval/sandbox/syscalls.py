@@ -2,7 +2,8 @@
 
 Namespaces and limits leave gaps that the filter closes: the limit on processes does not bind the root user; shared
 memory that is detached again, and files in memory, count towards no process. So a program is one process with one
-thread, has no socket, and no memory but its own. Everything refused fails with EPERM.
+thread, has no socket, and no memory that outlives it: what the kernel keeps for it (pages of pipes, inodes of its
+folder) is not counted towards its limit, and goes with the sandbox. Everything refused fails with EPERM.
 """
 
 import platform

@@ -6,15 +6,21 @@ Runs where LOGITBANK_DATA names a folder of <task>/{train,test}.jsonl and tokeni
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sacrebleu
 import toys
 import yaml
 
 from pipeline.recipe import load_recipe
+from pipeline.run_dir import RunDir
 from pipeline.tasks import get_task
+from stage3_eval import predictions
 from stage3_eval.__main__ import main
+from stage3_eval.blocks import Blocks
+from stage3_eval.conditions import ZERO_SHOT
 
 DATA = Path(os.environ.get("LOGITBANK_DATA", "/nonexistent"))
 pytestmark = [
@@ -93,3 +99,38 @@ def test_every_metric_of_the_published_recipe_is_computed_on_real_rows(recipe_fi
     weighed = student["test"]["cosmos_qa"]["label_likelihood"]["rows"]["zero_shot"]
     assert weighed["unparsable"] == 0
     assert student["test"]["cosmos_qa"]["accuracy"]["rows"]["zero_shot"]["unparsable"] == ROWS  # random weights babble
+
+
+def test_a_gold_answer_among_empty_ones_has_the_whole_score_in_every_metric(recipe_file):
+    """Planted in the kept answers, and scored without a model: one right of five is exactly a fifth."""
+    assert main(["--recipe", str(recipe_file)]) == 0  # generates nothing where the test above ran
+    recipe = load_recipe(str(recipe_file))
+    run_dir, planted = RunDir.of(recipe), {}
+    for block in Blocks(recipe).scored:
+        file = predictions.newest(run_dir, "gpt2", ZERO_SHOT, block.name)
+        assert file is not None
+        changed = []
+        for task, examples in block.tasks.items():
+            planted[block.name, task] = examples
+            for i, example in enumerate(examples):
+                weighed = tuple(float((label == example.answer) == (i == 0)) for label in example.labels) or None
+                old = file.predictions[example.id]
+                text = example.golds[0] if i == 0 else ""
+                changed.append(replace(old, prediction=text, label_logprobs=weighed, too_long=False))
+        predictions.save(file, changed, file.provenance)
+    assert main(["--recipe", str(recipe_file), "--rescore"]) == 0
+    found = json.loads((run_dir.report / "results.json").read_text(encoding="utf-8"))["students"]["gpt2"]["blocks"]
+    seen = set()
+    for (block, task), examples in planted.items():
+        for metric, cells in found[block][task].items():
+            row = cells["rows"][ZERO_SHOT]
+            if metric in ("bleu", "chrf"):  # of a corpus, whose other sentences are missing
+                scorer = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[metric]
+                golds = [example.answer for example in examples]
+                expected = scorer([golds[0], *[""] * (ROWS - 1)], [golds]).score / 100
+                assert 0 < expected < 0.5
+            else:
+                expected = 1 / ROWS
+            assert row["mean"] == pytest.approx(expected, abs=1e-6), (block, task, metric)
+            seen.add(metric)
+    assert seen == {name for task in recipe.data.tasks for name in get_task(task).metrics}
