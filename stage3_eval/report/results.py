@@ -61,13 +61,15 @@ def results(
     total = len(models) * sum(len(block.tasks) for block in blocks)
     with progress("scores and their errors", total, "tables") as bar:
         for block, task in ((of, task) for of in blocks for task in of.tasks):
-            answered = {model.name: _answered(recipe, book, model, block, task) for model in models}
+            answered = {}
+            for model in models:
+                answered[model.name] = _answered(recipe, book, model, block, task)
+                bar.advance(note=f"{model.name}, {task}, {block.name}")
             columns = _columns(task, answered.values())
             for model in models:
                 table = _student_table if model.name in recipe.students else _reference_table
                 tables = made[model.name].setdefault(block.name, {})
                 tables[task] = table(recipe, model, block, answered[model.name], columns)
-                bar.advance(note=f"{model.name}, {task}, {block.name}")
     students = [model for model in models if model.name in recipe.students]
     for model in students:
         for tables in made[model.name].values():
