@@ -95,10 +95,10 @@ def training_set(recipe: Recipe) -> TrainingSet:
     if teacher.shot_policy == "shared":
         draw = random.Random(teacher.shot_seed)
         pool = {name: tuple(draw.sample(members, teacher.shots)) for name, members in by_task.items()}
-        taken = {shot.id for shots in pool.values() for shot in shots}
+        taken = {(shot.task, shot.prompt) for shots in pool.values() for shot in shots}  # and every row like it
     else:
         pool, taken = {name: tuple(members) for name, members in by_task.items()}, set()
-    rest = [e for e in examples if e.id not in taken]
+    rest = [e for e in examples if (e.task, e.prompt) not in taken]
     if data.held_out >= len(rest):
         raise DataError(
             f"data.held_out is {data.held_out}, but only {len(rest)} training rows are left; hold out fewer"

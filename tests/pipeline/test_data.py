@@ -46,6 +46,17 @@ def test_per_example_shots_take_nothing_out_but_what_is_held_out(path):
     assert {e.id for e in split.shots.pool["gsm8k"]} == {e.id for e in split.cached}
 
 
+def test_a_row_that_repeats_a_shared_shot_is_not_cached(tmp_path):
+    """Its answer would stand among the worked examples before it."""
+    toys.write_jsonl(tmp_path / "gsm8k" / "train.jsonl", toys.rows(6) * 2)
+    path = toys.tiny_recipe(tmp_path / "toy")
+    split = training_set(load_recipe(str(path), [f"data.dir={tmp_path}"]))
+    shots = split.shots.pool["gsm8k"]
+    assert len(shots) == 2
+    assert not {e.prompt for e in split.cached} & {shot.prompt for shot in shots}
+    assert len(split.cached) == 12 - sum(row["question"] in {s.prompt for s in shots} for row in toys.rows(6) * 2)
+
+
 def test_train_and_test_ids_never_meet_and_limits_nest(path):
     recipe = load_recipe(path)
     test = eval_examples(recipe, "test")
