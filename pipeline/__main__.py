@@ -97,10 +97,22 @@ def _status(args: argparse.Namespace) -> int:
         for run in recipe.arm_runs:
             found = sorted(run_dir.arm(student, run.name).checkpoints.glob("step-*/state.json"))
             last = found[-1].parent.name if found else "no checkpoint"
-            print(f"student  {student}/{run.name}: {last} of {recipe.train.steps} steps")
+            other = _other_settings(run_dir.arm(student, run.name).identity, recipe, run.seed)
+            note = f"; trained with other settings: {', '.join(other)}" if other else ""
+            print(f"student  {student}/{run.name}: {last} of {recipe.train.steps} steps{note}")
     report = run_dir.report / "table.md"
     print(f"report   {report}{'' if report.is_file() else ': not there yet'}")
     return 0
+
+
+def _other_settings(arm_file: Path, recipe: "Recipe", seed: int) -> list[str]:
+    """The keys of `train` that differ from those an arm was begun with; none where it was not begun."""
+    try:
+        begun = json.loads(arm_file.read_text(encoding="utf-8"))["train"]
+    except (OSError, ValueError, KeyError):
+        return []
+    asked = recipe.train.model_dump(mode="json") | {"seed": seed}
+    return [f"train.{key}" for key in begun if key in asked and begun[key] != asked[key]]
 
 
 def _recipes(args: argparse.Namespace) -> int:

@@ -29,4 +29,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.startswith(name)]
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}."
+    return f"unknown {kind} '{name}'.{hint} Known: {', '.join(known) or 'none'}."

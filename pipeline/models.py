@@ -80,6 +80,7 @@ def _hub_commit(model: str, revision: str | None) -> str:
         OfflineModeIsEnabled,
     )
 
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its retries; the error says it all
     try:
         path = hf_hub_download(model, "config.json", revision=revision)
     except (
@@ -90,8 +91,8 @@ def _hub_commit(model: str, revision: str | None) -> str:
         OSError,
     ) as error:
         raise ModelError(
-            f"model {model}: neither the Hub nor its local cache answers: {str(error).splitlines()[0]}. "
-            "Without a network, give a folder written by save_pretrained instead"
+            f"model {model}: neither the Hub nor its local cache answers: {_first_line(error).rstrip('.')}. "
+            "Without a network, give a folder written by save_pretrained instead, as in --set teacher.model=<folder>"
         ) from None
     return Path(path).parent.name
 

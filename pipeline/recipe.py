@@ -225,6 +225,7 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
                 walk(values[0], f"{key}.<name>.")
             else:
                 kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+                kind = re.sub(r"FieldInfo\(.*?metadata=\[(?:Gt|Ge)\(\w+=(\S+?)\)\]\)", r"above \1", kind)
                 kind = re.sub(r"Annotated\[(\w+), [^\[\]]*(?:\([^()]*\))?[^\[\]]*\]", r"\1", kind)
                 default = "required" if info.is_required() else repr(info.default)
                 rows.append((key, kind, default, info.description or ""))

@@ -130,9 +130,9 @@ def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:
 
 
 def _by_task(experiment: Any, reader: CacheReader) -> str:
-    from stage1_teacher.ledger import task_table
+    from stage1_teacher.ledger import LEGEND, task_table
 
-    return f"\n{task_table(reader, experiment.training_set.cached)}\n"
+    return f"\n{task_table(reader, experiment.training_set.cached)}\n\n{LEGEND}\n"
 
 
 def _summary(reader: CacheReader) -> str:

@@ -12,6 +12,9 @@ from cache_schema.schema import ALIGNMENT, Status
 from pipeline.markdown import markdown
 from pipeline.tasks import Example
 
+LEGEND = """positions = usable + not_finite + unknown_token (this or an earlier token is unknown to the tokenizer)
++ cut (beyond the teacher's window) + no_row (of examples that could not be used at all).
+truncated_contexts: examples whose context was cut to its task's limit in words, before any tokenizer."""
 _COLUMNS = ("examples", "positions", *(status.reason for status in Status), "no_row", "truncated_contexts")
 
 

@@ -20,6 +20,10 @@ from pipeline.sections import Alignment
 from stage2_student.batches import aligned_rows, has_teachers_tokenizer
 from stage2_student.checkpoint import storage_errors, write_whole
 
+LEGEND = """All shares are of the student's answer positions, end-of-sequence included.
+boundary, index: those that get a usable row of the teacher by either alignment.
+the same: those that get the same row by both; of the pairs that index makes, no others have read the same text.
+quarantined: those that lost their row because it is not usable, by either alignment."""
 MODES: tuple[Alignment, ...] = get_args(Alignment)
 
 
@@ -104,15 +108,15 @@ def save(path: Path, tasks: Mapping[str, Coverage], reader: CacheReader, prompts
 
 
 def summary(tasks: Mapping[str, Coverage]) -> str:
-    """One line: of 2,840 answer positions have a teacher: 97.5 % by boundary, 99.9 % by index; lost to ..."""
+    """One line: of 2,840 answer positions 97.5 % by boundary, 99.9 % by index have a teacher; lost to quarantine ..."""
     every = total(tasks)
     shares = ", ".join(f"{every.taught(mode):.1f} % by {mode}" for mode in MODES)
     lost = ", ".join(f"{every.lost(mode):.1f} %" for mode in MODES)
-    return f"of {every.positions:,} answer positions have a teacher: {shares}; lost to quarantine: {lost}"
+    return f"of {every.positions:,} answer positions {shares} have a teacher; lost to quarantine: {lost}"
 
 
 def table(students: Mapping[str, Mapping[str, Coverage]]) -> str:
-    """Student -> task -> coverage, as a Markdown table. All shares are of the student's positions."""
+    """Student -> task -> coverage, as a Markdown table with its legend."""
     head = (
         "student",
         "task",
@@ -130,4 +134,4 @@ def table(students: Mapping[str, Mapping[str, Coverage]]) -> str:
             shares.append(f"{100 * counts.agreed / max(1, counts.positions):.1f}")
             lost = " / ".join(f"{counts.lost(mode):.1f}" for mode in MODES)
             lines.append((student, task, f"{counts.examples:,}", f"{counts.positions:,}", *shares, lost))
-    return markdown(head, lines, texts=2)
+    return f"{markdown(head, lines, texts=2)}\n\n{LEGEND}"

@@ -86,7 +86,7 @@ def test_training_prints_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not kept.exists() and "by boundary" not in capsys.readouterr().out
     assert main(["--recipe", path, "--arm", "uld"]) == 0
     counts = json.loads(kept.read_text(encoding="utf-8"))["tasks"]["gsm8k"]
-    expected = f"toy: of {counts['positions']:,} answer positions have a teacher: 100.0 % by boundary, 100.0 % by index"
+    expected = f"toy: of {counts['positions']:,} answer positions 100.0 % by boundary, 100.0 % by index have a teacher"
     assert expected in capsys.readouterr().out
 
 
