@@ -167,6 +167,9 @@ def _parse(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
 
 
+_NAMED = {"arms": "arm", "students": "student", "data.tasks": "task of the recipe", "eval.references": "reference"}
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one `a.b.c=value` in the raw tree; the check that follows names a wrong key."""
     key, equals, text = override.partition("=")
@@ -175,6 +178,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = tree
     for depth, parent in enumerate(parents, 1):
+        kind = _NAMED.get(".".join(parents[: depth - 1]))
+        if kind and parent not in node:  # a name of one's own is no typo only where all of it is given
+            whole = f"--set '{'.'.join(parents[:depth])}={{...}}'"
+            raise RecipeError(f"--set {override}: {unknown_name(kind, parent, node)} To add one, give it whole: {whole}")
         child = node.setdefault(parent, {})
         if child is None:
             child = node[parent] = {}
