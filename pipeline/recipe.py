@@ -181,7 +181,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         kind = _NAMED.get(".".join(parents[: depth - 1]))
         if kind and parent not in node:  # a name of one's own is no typo only where all of it is given
             whole = f"--set '{'.'.join(parents[:depth])}={{...}}'"
-            raise RecipeError(f"--set {override}: {unknown_name(kind, parent, node)} To add one, give it whole: {whole}")
+            unknown = unknown_name(kind, parent, node)
+            raise RecipeError(f"--set {override}: {unknown} To add one, give it whole: {whole}")
         child = node.setdefault(parent, {})
         if child is None:
             child = node[parent] = {}
