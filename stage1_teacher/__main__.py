@@ -7,11 +7,15 @@ shards, none waits for another, and the one that commits the last shard seals th
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache_schema.errors import IncompleteCache, NotACache
 from cache_schema.reader import CacheReader
 from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
+
+if TYPE_CHECKING:
+    from cache_schema.manifest import Manifest
+    from pipeline.fingerprint import Experiment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,55 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return fill(experiment, ["stage1_teacher", *recipe_arguments(args)])
 
 
-def fill(experiment: Any, command: Sequence[str]) -> int:
+def fill(experiment: "Experiment", command: Sequence[str]) -> int:
     """Capture every shard that is missing, then seal."""
-    from cache_schema.manifest import Manifest, vocabulary_sha256
     from cache_schema.writer import CacheWriter
-    from pipeline.errors import RecipeError
-    from pipeline.models import provenance, vocabulary
+    from pipeline.models import provenance
     from pipeline.progress import progress
     from stage1_teacher.capture import Capture, run_shards
-    from stage1_teacher.teacher import load_teacher, vocabulary_size
+    from stage1_teacher.teacher import load_teacher
 
     recipe, examples = experiment.recipe, experiment.training_set.cached
-    vocab_size = vocabulary_size(recipe, experiment.teacher_prompts)
-    if recipe.cache.top_k > vocab_size:
-        raise RecipeError(
-            f"cache.top_k is {recipe.cache.top_k}, but the teacher's vocabulary has {vocab_size} ids; "
-            f"--set cache.top_k={min(256, vocab_size)}"
-        )
-    texts = vocabulary(experiment.teacher_tokenizer, vocab_size)
-    ledger = {
-        "training_rows": experiment.training_set.rows,
-        "shots_taken_out": experiment.training_set.rows - len(examples) - len(experiment.training_set.held_out),
-        "held_out": len(experiment.training_set.held_out),
-        "truncated_contexts": experiment.training_set.truncated,
-    }
-    manifest = Manifest.create(
-        identity=experiment.identity,
-        provenance={
-            "recipe": recipe.name,
-            "command": list(command),
-            "teacher": recipe.teacher.model,
-            "data": recipe.data.dir or "hub or embedded",
-            "rows": ledger,
-            **provenance(),
-        },
-        top_k=recipe.cache.top_k,
-        vocab_size=vocab_size,
-        temperatures=recipe.cache.temperatures,
-        step=recipe.cache.step,
-        store_ids=recipe.cache.store_ids,
-        examples=len(examples),
-        shard_examples=recipe.cache.shard_examples,
-        vocabulary_sha256=vocabulary_sha256(texts),
-    )
+    manifest, texts = planned(experiment, command)
     writer = CacheWriter.open(experiment.cache_dir, manifest, texts)
-    missing = writer.missing()
+    missing, rows = writer.missing(), manifest.provenance["rows"]
     print(
         f"cache {experiment.cache_dir}: {manifest.shards - len(missing)} of {manifest.shards} shards are there; "
-        f"{len(examples)} examples of {ledger['training_rows']} training rows "
-        f"({ledger['shots_taken_out']} are the worked examples, {ledger['held_out']} held out)",
+        f"{len(examples)} examples of {rows['training_rows']} training rows "
+        f"({rows['shots_taken_out']} are the worked examples, {rows['held_out']} held out)",
         flush=True,
     )
     if missing:
@@ -120,6 +91,52 @@ def fill(experiment: Any, command: Sequence[str]) -> int:
     return 0
 
 
+def planned(experiment: "Experiment", command: Sequence[str]) -> "tuple[Manifest, list[str | None]]":
+    """The cache's manifest and the texts of its vocabulary, before any weight is read.
+
+    Raises RecipeError for more ranks than the teacher has ids, ModelError where it is not of the recipe's kind.
+    """
+    from cache_schema.manifest import Manifest, vocabulary_sha256
+    from pipeline.errors import RecipeError
+    from pipeline.models import provenance, vocabulary
+    from stage1_teacher.teacher import vocabulary_size
+
+    recipe, training = experiment.recipe, experiment.training_set
+    vocab_size = vocabulary_size(recipe, experiment.teacher_prompts)
+    if recipe.cache.top_k > vocab_size:
+        raise RecipeError(
+            f"cache.top_k is {recipe.cache.top_k}, but the teacher's vocabulary has {vocab_size} ids; "
+            f"--set cache.top_k={min(256, vocab_size)}"
+        )
+    texts = vocabulary(experiment.teacher_tokenizer, vocab_size)
+    rows = {
+        "training_rows": training.rows,
+        "shots_taken_out": training.rows - len(training.cached) - len(training.held_out),
+        "held_out": len(training.held_out),
+        "truncated_contexts": training.truncated,
+    }
+    manifest = Manifest.create(
+        identity=experiment.identity,
+        provenance={
+            "recipe": recipe.name,
+            "command": list(command),
+            "teacher": recipe.teacher.model,
+            "data": recipe.data.dir or "hub or embedded",
+            "rows": rows,
+            **provenance(),
+        },
+        top_k=recipe.cache.top_k,
+        vocab_size=vocab_size,
+        temperatures=recipe.cache.temperatures,
+        step=recipe.cache.step,
+        store_ids=recipe.cache.store_ids,
+        examples=len(training.cached),
+        shard_examples=recipe.cache.shard_examples,
+        vocabulary_sha256=vocabulary_sha256(texts),
+    )
+    return manifest, texts
+
+
 def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:
     """The missing shards this process could claim. RANK and WORLD_SIZE only spread where the processes begin."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -129,7 +146,7 @@ def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:
             yield shard
 
 
-def _by_task(experiment: Any, reader: CacheReader) -> str:
+def _by_task(experiment: "Experiment", reader: CacheReader) -> str:
     from stage1_teacher.ledger import LEGEND, task_table
 
     return f"\n{task_table(reader, experiment.training_set.cached)}\n\n{LEGEND}\n"
