@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STUDENTS = {"gpt2-medium": "gpt2", "pythia-410m": "gpt-neox-20b", "smollm-360m": "smollm2"}  # -> tokenizer folder
+STUDENTS = ("gpt2-medium", "pythia-410m", "smollm-360m")
 UNSEEN = ("mbpp", "eng_spa")
 
 
@@ -78,7 +78,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     models = args.work / "models"
     changed: dict[str, Any] = {
         "data.dir": args.data,
-        "data.eval_limit": None,
         "teacher.model": models / "teacher",
         "cache.dir": args.work / ("cache-unseen" if args.unseen else "cache"),
         "train.steps": args.steps,
@@ -101,7 +100,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         if not (args.unseen and task in UNSEEN):
             changed[f"data.tasks.{task}.train"] = args.rows
         changed[f"data.tasks.{task}.eval"] = args.eval
-    return {key: value for key, value in changed.items() if value is not None}
+    return changed
 
 
 def main() -> int:

@@ -224,6 +224,7 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     rows: list[tuple[str, str, str, str]] = []
 
     def walk(model: type[BaseModel], prefix: str) -> None:
+        """Append the rows of one section, and of those inside it."""
         for name, info in model.model_fields.items():
             key, annotation = prefix + name, info.annotation
             values = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]

@@ -81,6 +81,7 @@ class _Taker(ast.NodeTransformer):
         self.taken: dict[str, str] = {}
 
     def visit(self, node: ast.AST) -> ast.AST:
+        """The node, or the name that stands for it where the program must evaluate it."""
         if isinstance(node, ast.expr) and self._of_program(node):
             name = f"{self.prefix}{len(self.taken)}"
             self.taken[name] = ast.unparse(node)

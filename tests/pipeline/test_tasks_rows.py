@@ -11,6 +11,8 @@ import yaml
 
 from pipeline.data import eval_examples, eval_shots, training_set, unseen_examples
 from pipeline.errors import DataError
+from pipeline.models import ModelSource, load_tokenizer
+from pipeline.prompts import PromptBuilder
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.tasks import HubSource, get_task
 
@@ -206,3 +208,16 @@ def test_the_published_recipe_on_real_rows(real):
     assert {task: len(pool) for task, pool in shots.pool.items()} == {"mbpp": 5, "eng_spa": 5}
     prompts = {e.prompt for e in unseen}
     assert not any(shot.prompt in prompts for pool in shots.pool.values() for shot in pool)
+
+
+def test_how_many_programs_flan_uld_leaves_no_room_for(real):
+    """What the recipe's comment says of eval.max_new_tokens: of 500 reference programs, by tokenizer."""
+    recipe = load_recipe("flan-uld", [f"data.dir={real}"])
+    programs = [example.answer for example in unseen_examples(recipe) if example.task == "mbpp"]
+    cut = {}
+    for name in ("gpt2", "gpt-neox-20b", "smollm2", "t5"):
+        prompts = PromptBuilder(load_tokenizer(ModelSource(f"{real}/tokenizers/{name}", None)), seq2seq=name == "t5")
+        lengths = [len(prompts.encode("", program).answer_ids) for program in programs]
+        cut[name] = sum(length > recipe.eval.max_new_tokens for length in lengths)
+    assert len(programs) == 500
+    assert cut == {"gpt2": 18, "gpt-neox-20b": 4, "smollm2": 5, "t5": 7}

@@ -160,18 +160,7 @@ def tiny_gpt_neox(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: i
     """Pythia's architecture with random float32 weights, saved to `folder`."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    } | config
+    settings = _decoder(vocab_size, hidden) | {"tie_word_embeddings": False} | config
     return _saved(folder, seed, lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**settings)))
 
 
@@ -179,20 +168,23 @@ def tiny_llama(folder: Path, vocab_size: int = 320, hidden: int = 32, seed: int 
     """SmolLM's architecture (Llama, tied head) with random float32 weights, saved to `folder`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings: dict[str, Any] = {
+    settings = _decoder(vocab_size, hidden) | {"num_key_value_heads": 2, "tie_word_embeddings": True} | config
+    return _saved(folder, seed, lambda: LlamaForCausalLM(LlamaConfig(**settings)))
+
+
+def _decoder(vocab_size: int, hidden: int) -> dict[str, Any]:
+    """What the configs of most decoders call alike."""
+    return {
         "vocab_size": vocab_size,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "initializer_range": 0.3,
-        "tie_word_embeddings": True,
         "bos_token_id": 0,
         "eos_token_id": 0,
-    } | config
-    return _saved(folder, seed, lambda: LlamaForCausalLM(LlamaConfig(**settings)))
+    }
 
 
 def _saved(folder: Path, seed: int, build: Callable[[], Any]) -> Path:
