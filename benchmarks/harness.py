@@ -60,12 +60,15 @@ class Row:
         sign, bound = self.goal.split()
         return bool(_HOLDS[sign](self.value, float(bound)))
 
+    def figure(self) -> str:
+        """The value with its unit and, where rounds differ, their range."""
+        spread = "" if self.low == self.high else f" [{_short(self.low)}, {_short(self.high)}]"
+        return _short(self.value) + ("" if self.unit == "x" else f" {self.unit}") + spread
+
     def markdown(self) -> str:
         """A line of the table."""
-        spread = "" if self.low == self.high else f" [{_short(self.low)}, {_short(self.high)}]"
         goal = {True: f"{self.goal} met", False: f"{self.goal} **missed**", None: ""}[self.met]
-        unit = "" if self.unit == "x" else f" {self.unit}"
-        return f"| {self.what} | {self.against} | {_short(self.value)}{unit}{spread} | {goal} | {self.note} |"
+        return f"| {self.what} | {self.against} | {self.figure()} | {goal} | {self.note} |"
 
 
 HEADER = "| what | against | figure | goal | |\n| --- | --- | ---: | --- | --- |"

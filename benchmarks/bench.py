@@ -1,0 +1,95 @@
+"""Run the benchmarks one after another and put what they found into the README: `make bench`.
+
+    python benchmarks/bench.py [--only stage2_cost cache_bytes] [--data FOLDER] [--table]
+
+Each script runs in a process of its own and writes benchmarks/results/<name>.json; the README's table is made of those
+files alone, between its two markers. --table makes it again without measuring. Let nothing else run on the machine.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, Row
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+SCRIPTS = (  # in the order of the README's table
+    "stage2_cost",
+    "whole_run",
+    "stage1_cost",
+    "teacher_engines",
+    "cache_bytes",
+    "cache_read",
+    "open_many",
+    "sampled_bias",
+    "stage3_cost",
+    "start_up",
+    "growth",
+)
+
+
+def run(name: str, data: str | None) -> bool:
+    """One script in a process of its own; whether it ended well."""
+    print(f"\n=== {name}", flush=True)
+    started = time.monotonic()
+    environment = os.environ | ({"LOGITBANK_DATA": data} if data else {})
+    code = subprocess.run([sys.executable, str(HERE / f"{name}.py")], env=environment, check=False).returncode
+    print(f"=== {name}: exit code {code} after {time.monotonic() - started:.0f} s", flush=True)
+    return code == 0
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The README's table: every row that has a goal, from all results, and where they were measured."""
+    lines = ["| what | against | measured | goal |", "| --- | --- | ---: | --- |"]
+    places: dict[str, list[str]] = {}
+    for name, result in results.items():
+        for fields in result["rows"]:
+            row = Row(**{key: value for key, value in fields.items() if key != "met"})
+            if row.goal:
+                verdict = "" if row.met else ": **missed**"
+                lines.append(f"| {row.what} | {row.against} | {row.figure()} | {row.goal}{verdict} |")
+        machine = result["machine"]
+        place = f"{machine['cores']} cores of {machine['cpu']}, {machine['gpu'] or 'no GPU'}; torch {machine['torch']}"
+        places.setdefault(f"{place}; commit {result['commit']}, {result['date']}", []).append(name)
+    where = [f"{', '.join(names)}: {place}." for place, names in places.items()]
+    return "\n".join([*lines, "", *(where if len(where) > 1 else [f"Measured on {next(iter(places))}."])])
+
+
+def write_table(readme: Path = README, results: Path = RESULTS) -> None:
+    """Replace what stands between the README's markers."""
+    found = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in _there(results)}
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not found_end:
+        sys.exit(f"{readme}: expected the lines {BEGIN} and {END}; put them where the table belongs")
+    readme.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}", encoding="utf-8")
+
+
+def _there(results: Path) -> list[str]:
+    return [name for name in SCRIPTS if (results / f"{name}.json").is_file()]
+
+
+def main() -> int:
+    """Measure what was asked for, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), metavar="NAME", help="not all")
+    parser.add_argument("--data", help="real texts and tokenizers; LOGITBANK_DATA unless given")
+    parser.add_argument("--table", action="store_true", help="only write the README's table")
+    args = parser.parse_args()
+    failed = [] if args.table else [name for name in args.only if not run(name, args.data)]
+    write_table()
+    if failed:
+        print(f"failed: {', '.join(failed)}; what they had found before is still in the table", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
