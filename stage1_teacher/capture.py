@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.prompts import Encoded, PromptBuilder
 from pipeline.tasks import Example
 from stage1_teacher.teacher import Teacher, TeacherInput
-from stage1_teacher.topk import TopK, select_top_k
+from stage1_teacher.topk import TopK
 
 
 class OutOfMemory(UserError):
@@ -117,8 +117,8 @@ class Capture:
         inputs = [job.input for job in batch]
         try:
             chunks = [
-                _on_cpu(select_top_k(logits_NV, self.top_k, self.temperatures), self.store_ids)
-                for logits_NV in self.teacher.answer_logits(inputs, context)
+                _on_cpu(kept, self.store_ids)
+                for kept in self.teacher.top_k(inputs, context, self.top_k, self.temperatures)
             ]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""Teacher engines behind one small protocol: token ids in, float32 logits of the answer rows out.
+"""Teacher engines behind one small protocol: token ids in, the answer rows' largest logits and normalisers out.
 
 Shape suffixes: B sequences, L tokens (E where the encoder reads them), H hidden, N answer rows of the batch, V
 vocabulary.
@@ -27,6 +27,7 @@ from pipeline.models import (
 )
 from pipeline.prompts import PromptBuilder
 from pipeline.recipe import Recipe
+from stage1_teacher.topk import TopK, select_top_k
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,32 @@ class Teacher(Protocol):
     vocab_size: int
     window: int | None  # the most tokens its decoder can read
 
-    def answer_logits(self, batch: Sequence[TeacherInput], context_ids: Sequence[int]) -> Iterator[Tensor]:
-        """Float32 logits_NV of all wanted rows of the batch, in order, in chunks of some rows.
+    def top_k(
+        self, batch: Sequence[TeacherInput], context_ids: Sequence[int], k: int, temperatures: Sequence[float]
+    ) -> Iterator[TopK]:
+        """All wanted rows of the batch, in order, in chunks of some rows, reduced as `topk.select_top_k` does.
 
         Every sequence of the batch begins with `context_ids`, which is shorter than its first wanted row.
         """
         ...
 
 
-class CausalTeacher:
+class FullLogitsTeacher:
+    """A teacher in this process, whose full logits are at hand."""
+
+    def answer_logits(self, batch: Sequence[TeacherInput], context_ids: Sequence[int]) -> Iterator[Tensor]:
+        """Float32 logits_NV of all wanted rows of the batch, in order, in chunks of some rows."""
+        raise NotImplementedError
+
+    def top_k(
+        self, batch: Sequence[TeacherInput], context_ids: Sequence[int], k: int, temperatures: Sequence[float]
+    ) -> Iterator[TopK]:
+        """See Teacher."""
+        for logits_NV in self.answer_logits(batch, context_ids):
+            yield select_top_k(logits_NV, k, temperatures)
+
+
+class CausalTeacher(FullLogitsTeacher):
     """A decoder run by transformers.
 
     The context that all sequences share (the worked examples) is read once and its key/value cache kept; each batch
@@ -84,7 +102,7 @@ class CausalTeacher:
 
     @torch.no_grad()
     def answer_logits(self, batch: Sequence[TeacherInput], context_ids: Sequence[int]) -> Iterator[Tensor]:
-        """See Teacher."""
+        """See FullLogitsTeacher."""
         skipped = len(context_ids)
         own = [item.input_ids[skipped:-1] for item in batch]
         ids_BL = _right_padded(own, self.device)
@@ -108,7 +126,7 @@ class CausalTeacher:
         )
 
 
-class Seq2SeqTeacher:
+class Seq2SeqTeacher(FullLogitsTeacher):
     """An encoder-decoder run by transformers: prompts into the encoder, answers teacher-forced through the decoder.
 
     The encoder's padding is masked, in its own attention and in the decoder's look at it. The decoder is padded on the
@@ -126,7 +144,7 @@ class Seq2SeqTeacher:
 
     @torch.no_grad()
     def answer_logits(self, batch: Sequence[TeacherInput], context_ids: Sequence[int]) -> Iterator[Tensor]:
-        """See Teacher; there is no context to share, since the encoder reads each prompt as a whole."""
+        """See FullLogitsTeacher; there is no context to share, since the encoder reads each prompt as a whole."""
         assert not context_ids, "an encoder reads in both directions: nothing before the prompt can be read once"
         ids_BE = _right_padded([item.encoder_ids for item in batch], self.device)
         lengths_B = torch.tensor([len(item.encoder_ids) for item in batch], device=self.device)

@@ -18,7 +18,7 @@ from pipeline.models import ModelSource, load_causal_lm
 from pipeline.prompts import PromptBuilder
 from pipeline.tasks import Example
 from stage1_teacher.capture import Capture, run_shards
-from stage1_teacher.teacher import CausalTeacher
+from stage1_teacher.teacher import CausalTeacher, FullLogitsTeacher
 
 NO_SHOTS = Shots(0, "shared", 0, {})
 
@@ -27,7 +27,7 @@ def examples(count):
     return [Example(f"train/{i}", "toy", r["question"], r["answer"]) for i, r in enumerate(toys.rows(count))]
 
 
-class CountingTeacher:
+class CountingTeacher(FullLogitsTeacher):
     """A teacher whose logits say what they were read from: after token t, id t + 1 is the likeliest, then t + 2."""
 
     vocab_size = 320
