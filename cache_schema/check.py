@@ -18,6 +18,10 @@ from cache_schema.schema import CacheRow, Status
 # is for those roundings. What it must catch (a wrong temperature, base-2 logarithms, a shifted row) is far larger.
 NORMALISER_TOLERANCE = 1e-3
 
+# A count d of n draws at probability p has a chance of e^-cost at most, where cost = d log(d / np) - d + np (Chernoff).
+# Over 151,936 ids and a billion positions, sound draws go beyond a cost of 60 once in 10^9 such caches.
+MAX_DRAWS_COST = 60.0
+
 
 def problem_of(row: CacheRow, manifest: Manifest, *, decoded: bool) -> str | None:
     """The first invariant that a row breaks, in words; None when it is sound.
@@ -55,6 +59,7 @@ def _shape_problem(row: CacheRow, manifest: Manifest) -> str | None:
         "top_logit": (np.float32, (n,)),
         "logits": (np.float32, (n, k)),
         "token_ids": (np.int32, (n, k)) if manifest.store_ids else None,
+        "draws": (np.int32, (n, k)) if manifest.sampled else None,
         "logsumexp": (np.float32, (n, t)),
         "log_tail": (np.float32, (n, t)) if manifest.stores_tail else None,
     }
@@ -97,6 +102,7 @@ def _numbers_problem(row: CacheRow, manifest: Manifest, codec_error: float) -> s
 
     top_M, logits_MK, lse_MT = row.top_logit[usable_N], row.logits[usable_N], row.logsumexp[usable_N]
     ids_MK = None if row.token_ids is None else row.token_ids[usable_N]
+    draws_MK = None if row.draws is None else row.draws[usable_N]
     tail_MT = None if row.log_tail is None else row.log_tail[usable_N]
     if not len(at):
         return None
@@ -107,16 +113,38 @@ def _numbers_problem(row: CacheRow, manifest: Manifest, codec_error: float) -> s
         )
         or first(top_M != logits_MK[:, 0], "top_logit is not the logit of rank 0")
         or first((np.diff(logits_MK) > 0).any(axis=1), "logits are not sorted, largest first")
-        or (None if ids_MK is None else _ids_problem(ids_MK, logits_MK, manifest, codec_error, first))
-        or _normaliser_problem(logits_MK, lse_MT, tail_MT, manifest, codec_error, first)
+        or (None if draws_MK is None else _slots_problem(ids_MK, logits_MK, draws_MK, first))
+        or (None if ids_MK is None else _ids_problem(ids_MK, logits_MK, draws_MK, manifest, codec_error, first))
+        or (
+            _normaliser_problem(logits_MK, lse_MT, tail_MT, manifest, codec_error, first)
+            if draws_MK is None
+            else _probability_problem(logits_MK, draws_MK, lse_MT, manifest, codec_error, first)
+        )
     )
 
 
+def _slots_problem(ids_MK: Any, logits_MK: NDArray[np.float32], draws_MK: NDArray[np.int32], first: Any) -> str | None:
+    """A position has K draws; slots left over come last, with id 0 and the logit before them."""
+    left_MK = draws_MK == 0
+    problem: str | None = first((draws_MK < 0).any(axis=1), "a negative number of draws")
+    problem = problem or first(draws_MK.sum(axis=1) != draws_MK.shape[1], f"draws are not {draws_MK.shape[1]} in all")
+    problem = problem or first((left_MK[:, :-1] & ~left_MK[:, 1:]).any(axis=1), "a slot without draws before one with")
+    like_MK = (ids_MK[:, 1:] == 0) & (logits_MK[:, 1:] == logits_MK[:, :-1])
+    return problem or first((left_MK[:, 1:] & ~like_MK).any(axis=1), "a slot without draws has numbers of its own")
+
+
 def _ids_problem(
-    ids_MK: NDArray[np.int32], logits_MK: NDArray[np.float32], manifest: Manifest, codec_error: float, first: Any
+    ids_MK: NDArray[np.int32],
+    logits_MK: NDArray[np.float32],
+    draws_MK: NDArray[np.int32] | None,
+    manifest: Manifest,
+    codec_error: float,
+    first: Any,
 ) -> str | None:
     outside_M = (ids_MK.min(axis=1) < 0) | (ids_MK.max(axis=1) >= manifest.vocab_size)
     problem: str | None = first(outside_M, f"a token id outside the vocabulary of {manifest.vocab_size}")
+    if draws_MK is not None:  # slots left over get ids of their own, in order
+        ids_MK = np.where(draws_MK > 0, ids_MK, manifest.vocab_size + np.arange(ids_MK.shape[1]))
     problem = problem or first((np.diff(np.sort(ids_MK, axis=1)) == 0).any(axis=1), "a token id twice")
     if problem is None and not codec_error:  # after the codec, unequal logits can look equal
         swapped_MK = (np.diff(logits_MK) == 0) & (np.diff(ids_MK) < 0)
@@ -142,6 +170,34 @@ def _normaliser_problem(
         tolerance_M = NORMALISER_TOLERANCE * np.maximum(1, np.abs(lse_M) / 100) + codec_error / temperature
         what = f"at temperature {temperature}, logsumexp is not that of the top K and log_tail together"
         problem: str | None = first(np.abs(total_M - lse_M) > tolerance_M, what)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _probability_problem(
+    logits_MK: NDArray[np.float32],
+    draws_MK: NDArray[np.int32],
+    lse_MT: NDArray[np.float32],
+    manifest: Manifest,
+    codec_error: float,
+    first: Any,
+) -> str | None:
+    """The drawn ids have no more than probability 1 together, and each count could well come from its probability."""
+    drawn_MK, total = draws_MK > 0, draws_MK.shape[1]
+    for i, temperature in enumerate(manifest.temperatures):
+        lse_M = lse_MT[:, i].astype(np.float64)
+        tolerance_M = NORMALISER_TOLERANCE * np.maximum(1, np.abs(lse_M) / 100) + codec_error / temperature
+        log_p_MK = logits_MK.astype(np.float64) / temperature - lse_M[:, None]
+        sum_M = np.logaddexp.reduce(np.where(drawn_MK, log_p_MK, -np.inf), axis=1)
+        what = f"at temperature {temperature}, the drawn ids have a probability above 1 together"
+        problem: str | None = first(sum_M > tolerance_M, what)
+        if problem is None and i == 0:  # the temperature that they were drawn at
+            log_draws_MK, log_mean_MK = np.log(np.maximum(draws_MK, 1)), np.log(total) + log_p_MK
+            nearest_MK = np.clip(log_draws_MK, log_mean_MK - tolerance_M[:, None], log_mean_MK + tolerance_M[:, None])
+            cost_MK = draws_MK * (log_draws_MK - nearest_MK) - draws_MK + np.exp(nearest_MK)
+            what = f"at temperature {temperature}, an id was drawn as often as its probability hardly allows"
+            problem = first((drawn_MK & (cost_MK > MAX_DRAWS_COST)).any(axis=1), what)
         if problem is not None:
             return problem
     return None

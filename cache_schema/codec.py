@@ -26,10 +26,11 @@ _LISTS = {
     "top_logit": pa.float32(),
     "gaps": pa.int32(),
     "token_ids": pa.int32(),
+    "draws": pa.int32(),
     "logsumexp": pa.float32(),
     "log_tail": pa.float32(),
 }
-_NULLABLE = ("token_ids", "log_tail")
+_NULLABLE = ("token_ids", "draws", "log_tail")
 
 
 def _field(name: str, kind: Any) -> Any:
@@ -92,6 +93,7 @@ def encode_row(row: CacheRow, manifest: Manifest) -> tuple[dict[str, Any], float
         "top_logit": top_N,
         "gaps": gaps_NK.ravel(),
         "token_ids": cleared(row.token_ids),
+        "draws": cleared(row.draws),
         "logsumexp": cleared(row.logsumexp),
         "log_tail": cleared(row.log_tail),
     }
@@ -155,16 +157,19 @@ class RowGroup:
             return AlignmentRow(**tokens)
         top_N = self._block("top_logit", i, n)
         gaps_NK = self._block("gaps", i, n, k)
-        with_ids = self._manifest.store_ids and self._columns is Columns.ALL
-        ids_NK = self._block("token_ids", i, n, k) if with_ids else None
+        whole = self._columns is Columns.ALL
+        ids_NK = self._block("token_ids", i, n, k) if whole and self._manifest.store_ids else None
+        draws_NK = self._block("draws", i, n, k) if whole and self._manifest.sampled else None
         _expect_range("gaps", gaps_NK, MAX_GAP)
         _expect_range("token_ids", ids_NK, self._manifest.vocab_size - 1)
+        _expect_range("draws", draws_NK, k)
         return CacheRow(
             **tokens,
             answer_start=self._plain["answer_start"][i],
             top_logit=top_N,
             logits=decode_gaps(top_N, gaps_NK, self._manifest.step),
             token_ids=ids_NK,
+            draws=draws_NK,
             logsumexp=self._block("logsumexp", i, n, t),
             log_tail=self._block("log_tail", i, n, t) if self._manifest.stores_tail else None,
         )

@@ -29,7 +29,7 @@ from cache_schema.layout import Layout
 from cache_schema.schema import SCHEMA_VERSION
 
 CODECS = ("fine",)
-SELECTORS = ("topk",)
+SELECTORS = ("topk", "sampled")  # the K largest logits; K draws, with replacement, from the first temperature's softmax
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
@@ -61,7 +61,7 @@ class Manifest:
     identity: dict[str, Any]  # hashed
     provenance: dict[str, Any]  # not hashed: where, when, with which batches
     selector: str  # how the K ids of a position were chosen; one of SELECTORS
-    top_k: int  # K
+    top_k: int  # K, the ids kept of a position or, for `sampled`, its draws: ids drawn again share a slot
     vocab_size: int  # V, the width of the teacher's output; K <= V
     temperatures: tuple[float, ...]  # the T of logsumexp and log_tail
     step: float  # logit units per integer of `gaps`; a power of two
@@ -130,6 +130,7 @@ class Manifest:
         check("step", positive(self.step) and math.frexp(self.step)[0] == 0.5, "a power of two, as 0.015625")
         check("codec", self.codec in CODECS, f"one of {', '.join(CODECS)}")
         check("store_ids", type(self.store_ids) is bool, "true or false")
+        check("store_ids", self.store_ids or not self.sampled, "true: draws mean nothing without ids")
         check("examples", whole(self.examples, 1), "1 or more")
         check("shard_examples", whole(self.shard_examples, 1), "1 or more")
         check("vocabulary_sha256", jsondoc.is_sha256(self.vocabulary_sha256), "64 hexadecimal digits")
@@ -141,8 +142,13 @@ class Manifest:
 
     @property
     def stores_tail(self) -> bool:
-        """Whether there is anything outside the top K."""
-        return self.top_k < self.vocab_size
+        """Whether there is anything outside the top K, and a sum of it is kept."""
+        return self.top_k < self.vocab_size and not self.sampled
+
+    @property
+    def sampled(self) -> bool:
+        """Whether ids were drawn, so that a position's numbers estimate its distribution without bias."""
+        return self.selector == "sampled"
 
     def examples_of(self, shard: int) -> range:
         """The input examples planned into a shard."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 class Status(IntEnum):
@@ -40,6 +40,7 @@ NUMBER_COLUMNS = (
     "top_logit",
     "gaps",
     "token_ids",
+    "draws",
     "logsumexp",
     "log_tail",
 )
@@ -51,7 +52,7 @@ class Columns(Enum):
 
     TEXT = "text"  # a TextRow: all that plain fine-tuning needs
     ALIGNMENT = "alignment"  # an AlignmentRow: where the teacher's tokens lie in the answer, and which are usable
-    RANKED = "ranked"  # a CacheRow without token ids: what a rank-ordered loss needs
+    RANKED = "ranked"  # a CacheRow without token ids and draws: what a rank-ordered loss needs
     ALL = "all"  # a CacheRow
 
     @property
@@ -62,7 +63,7 @@ class Columns(Enum):
         if self is Columns.ALIGNMENT:
             return ALIGNMENT_COLUMNS
         every = (*TEXT_COLUMNS, *NUMBER_COLUMNS)
-        return tuple(name for name in every if self is Columns.ALL or name != "token_ids")
+        return tuple(name for name in every if self is Columns.ALL or name not in ("token_ids", "draws"))
 
 
 TEXT: Final = Columns.TEXT
@@ -99,11 +100,12 @@ class CacheRow(AlignmentRow):
     """
 
     answer_start: int  # index of the first answer token in the unpadded teacher input (the decoder's for seq2seq)
-    top_logit: NDArray[np.float32]  # [N] the largest raw logit
-    logits: NDArray[np.float32]  # [N, K] raw logits, rank 0 first
+    top_logit: NDArray[np.float32]  # [N] the largest of `logits`
+    logits: NDArray[np.float32]  # [N, K] raw logits of the kept ids, largest first
     token_ids: NDArray[np.int32] | None  # [N, K] ids by rank; None where not stored (store_ids false) or not read
     logsumexp: NDArray[np.float32]  # [N, T] of logit / temperature, over the full vocabulary
-    log_tail: NDArray[np.float32] | None  # [N, T] the same over the ids outside the top K; None when K = V
+    log_tail: NDArray[np.float32] | None  # [N, T] the same over the ids outside the top K; None when K = V, or drawn
+    draws: NDArray[np.int32] | None = None  # [N, K] how often each id was drawn, 0 in a slot left over; None for `topk`
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ _ENCODINGS = {
     "top_logit.list.element": "BYTE_STREAM_SPLIT",
     "gaps.list.element": "DELTA_BINARY_PACKED",
     "token_ids.list.element": "BYTE_STREAM_SPLIT",
+    "draws.list.element": "BYTE_STREAM_SPLIT",
     "logsumexp.list.element": "BYTE_STREAM_SPLIT",
     "log_tail.list.element": "BYTE_STREAM_SPLIT",
 }

@@ -37,14 +37,14 @@ def find_example(reader: CacheReader, which: str) -> int:
 
 
 def describe_example(reader: CacheReader, index: int, top: int) -> str:
-    """The text that `show` prints: one line an answer token, the teacher's `top` candidates and the tail's mass.
+    """The text that `show` prints: one line an answer token, the teacher's `top` candidates and the tail's mass; of a
+    sampled cache the share of the draws beside each probability, and how many ids were drawn.
 
     Row t is the distribution that predicts answer token t; the candidate that is the answer token is marked `*`.
     """
     (row,) = reader.read([index])
-    vocabulary = reader.vocabulary()
-    temperature = reader.manifest.temperatures[0]
-    top = min(top, reader.manifest.top_k)
+    vocabulary, manifest = reader.vocabulary(), reader.manifest
+    temperature, top = manifest.temperatures[0], min(top, manifest.top_k)
     lines = [
         f"example {index} of {len(reader)}: {printable(row.example_id)} (task {printable(row.task)})",
         "",
@@ -54,11 +54,13 @@ def describe_example(reader: CacheReader, index: int, top: int) -> str:
         *(f"  {printable(line)}" for line in row.answer.splitlines()),
         "",
         f"the teacher's {top} most likely next tokens before each answer token, at temperature {temperature:g}"
-        + ("" if reader.manifest.store_ids else " (this cache keeps no token ids)"),
+        + (f": probability, and share of {manifest.top_k} draws; only drawn ids are kept" if manifest.sampled else "")
+        + ("" if manifest.store_ids else " (this cache keeps no token ids)"),
         "",
     ]
-    header = f"{'t':>4}  {_cell('answer token')}" + "".join(_cell(f"rank {rank}", 7) for rank in range(top))
-    lines.append((header + f"outside top {reader.manifest.top_k}").rstrip())
+    extra = 13 if manifest.sampled else 7
+    header = f"{'t':>4}  {_cell('answer token')}" + "".join(_cell(f"rank {rank}", extra) for rank in range(top))
+    lines.append(header + ("ids drawn" if manifest.sampled else f"outside top {manifest.top_k}"))
     lines += [_position_line(row, t, vocabulary, temperature, top) for t in range(len(row.answer_ids))]
     return "\n".join(lines)
 
@@ -70,11 +72,18 @@ def _position_line(row: CacheRow, t: int, vocabulary: Sequence[str | None], temp
         return f"{line}not usable: {Status(row.status[t]).reason}"
     probability_K = np.exp(row.logits[t, :top].astype(np.float64) / temperature - row.logsumexp[t, 0])
     for rank, probability in enumerate(probability_K):
-        text = mark = ""
+        text = mark = share = ""
+        if row.draws is not None:
+            if row.draws[t, rank] == 0:
+                line += _cell("", 13)
+                continue
+            share = f"{row.draws[t, rank] / row.draws.shape[1]:6.3f}"
         if row.token_ids is not None:
             candidate = int(row.token_ids[t, rank])
             text, mark = _token(candidate, vocabulary), "*" if candidate == answer_id else ""
-        line += f"{probability:6.3f}{mark:1}" + _cell(text)
+        line += f"{probability:6.3f}{share}{mark:1}" + _cell(text)
+    if row.draws is not None:
+        return f"{line}{np.count_nonzero(row.draws[t])}"
     tail = 0.0 if row.log_tail is None else float(np.exp(np.float64(row.log_tail[t, 0]) - row.logsumexp[t, 0]))
     return f"{line}{tail:.2g}"
 

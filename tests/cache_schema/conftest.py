@@ -32,6 +32,7 @@ class Toy:
     temperatures: tuple[float, ...] = (1.0, 2.5)
     step: float = 1 / 64
     store_ids: bool = True
+    selector: str = "topk"
     seed: int = 0
     max_positions: int = 6
     quarantined: dict[int, str] = field(default_factory=dict)  # example -> reason
@@ -40,7 +41,7 @@ class Toy:
     @property
     def identity(self) -> dict[str, Any]:
         return {
-            "schema_version": 1,
+            "schema_version": 2,
             "teacher": {"model": "toy", "seed": self.seed},
             "cache": {"top_k": self.top_k, "temperatures": list(self.temperatures), "step": self.step},
         }
@@ -54,6 +55,7 @@ class Toy:
         return Manifest.create(
             identity=self.identity,
             provenance=self.provenance,
+            selector=self.selector,
             top_k=self.top_k,
             vocab_size=self.vocab_size,
             temperatures=self.temperatures,
@@ -79,6 +81,15 @@ class Toy:
         order = np.argsort(-logits, axis=1, kind="stable").astype(np.int32)
         head, tail = order[:, : self.top_k], np.take_along_axis(logits, order[:, self.top_k :], axis=1)
         scaled = [logits.astype(np.float64) / t for t in self.temperatures]
+        draws = None
+        if self.selector == "sampled":
+            counts = rng.multinomial(self.top_k, np.exp(scaled[0] - log_sum_exp(scaled[0])[:, None]))
+            ranked = np.take_along_axis(counts, order, axis=1)
+            slots = np.argsort(ranked == 0, axis=1, kind="stable")[:, : self.top_k]  # drawn ids first, by rank
+            draws = np.take_along_axis(ranked, slots, axis=1).astype(np.int32)
+            drawn = np.take_along_axis(order, slots, axis=1)
+            last = np.take_along_axis(drawn, np.count_nonzero(draws, axis=1)[:, None] - 1, axis=1)
+            head, ids = np.where(draws > 0, drawn, last), np.where(draws > 0, drawn, 0)
         answer = "ab é🙂" * n
         ends = np.sort(rng.integers(0, len(answer) + 1, n))
         ends[-1] = len(answer)
@@ -97,12 +108,13 @@ class Toy:
             status=status,
             top_logit=np.where(status == 0, top[:, 0], np.nan).astype(np.float32),
             logits=np.where(status[:, None] == 0, top, np.nan).astype(np.float32),
-            token_ids=head if self.store_ids else None,
+            token_ids=(head if draws is None else ids) if self.store_ids else None,
+            draws=draws,
             logsumexp=np.stack([log_sum_exp(s) for s in scaled], axis=1).astype(np.float32),
             log_tail=np.stack([log_sum_exp(tail.astype(np.float64) / t) for t in self.temperatures], axis=1).astype(
                 np.float32
             )
-            if self.top_k < self.vocab_size
+            if self.manifest.stores_tail
             else None,
         )
 

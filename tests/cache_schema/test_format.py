@@ -89,7 +89,7 @@ def test_a_stray_shard_says_what_it_is(toy, cache):
     (path,) = (cache / "shards").glob("00002-*.parquet")
     tag = json.loads(pq.read_metadata(path).metadata[b"logitbank"])
     assert tag == {
-        "schema_version": 1,
+        "schema_version": 2,
         "fingerprint": toy.manifest.fingerprint,
         "shard": 2,
         "top_k": 8,
@@ -147,7 +147,7 @@ MANIFEST = """\
  "provenance": {
   "recipe": "toy"
  },
- "schema_version": 1,
+ "schema_version": 2,
  "selector": "topk",
  "shard_examples": 4,
  "step": 0.015625,
@@ -216,11 +216,11 @@ def test_golden_hashes():
     assert record.file == "00002-abababababababab.parquet"
     assert (
         json.loads(record.dump(manifest.fingerprint))["checksum"]
-        == "5d865cb4e0d8896ceccbf5cfe903be4c0d22d7b8d19c371201b3603693ff0d67"
+        == "01febe1ea0b636aff0ade42629891546c24b791ab0f8291e6c76592fbea6f928"
     )
     assert (
         json.loads(Seal((record,)).dump(manifest))["checksum"]
-        == "765e7a68f3860fe7ee52c72ff54df06da6097e5432e2fda50ae1a9e3b3809526"
+        == "a9675aeccb0c66853b6991ab08f38e76a782b4d6432e69504e98854f0f71ea63"
     )
 
 
@@ -239,6 +239,7 @@ def test_golden_arrow_schema():
         "top_logit list<element: float>",
         "gaps list<element: int32>",
         "token_ids list<element: int32>?",
+        "draws list<element: int32>?",
         "logsumexp list<element: float>",
         "log_tail list<element: float>?",
     ]

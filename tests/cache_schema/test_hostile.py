@@ -228,8 +228,8 @@ def test_identity_edited(cache):
 
 def test_other_schema_version(cache):
     body = json.loads((cache / "manifest.json").read_text())
-    (cache / "manifest.json").write_text(json.dumps({**body, "schema_version": 2}))
-    with pytest.raises(UnknownVersion, match="schema version 2; this reader knows version 1"):
+    (cache / "manifest.json").write_text(json.dumps({**body, "schema_version": 3}))
+    with pytest.raises(UnknownVersion, match="schema version 3; this reader knows version 2"):
         CacheReader.open(cache)
 
 

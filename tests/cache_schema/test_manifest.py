@@ -91,18 +91,25 @@ def test_fingerprint_tells_types_apart():
         ("temperatures", (0.0,), "positive"),
         ("temperatures", (math.inf,), "positive"),
         ("codec", "coarse", "one of fine"),
-        ("selector", "sampled", "one of topk"),
+        ("selector", "largest", "one of topk, sampled"),
         ("examples", 0, "1 or more"),
         ("shard_examples", -3, "1 or more"),
         ("store_ids", 1, "true or false"),
         ("vocabulary_sha256", "abc", "64 hexadecimal digits"),
         ("fingerprint", "0" * 64, "the hash of the identity"),
-        ("schema_version", 2, "1"),
+        ("schema_version", 1, "2"),
     ],
 )
 def test_manifest_fields_are_checked(toy, field, value, expected):
     with pytest.raises(InvalidManifest, match=f"{field} is .*expected .*{expected}"):
         replace(toy.manifest, **{field: value})
+
+
+def test_draws_need_ids_and_leave_no_tail(make_toy):
+    manifest = make_toy(selector="sampled").manifest
+    assert manifest.sampled and not manifest.stores_tail
+    with pytest.raises(InvalidManifest, match="draws mean nothing without ids"):
+        replace(manifest, store_ids=False)
 
 
 @pytest.mark.parametrize(("examples", "shard_examples", "lengths"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (1, 9, [1])])

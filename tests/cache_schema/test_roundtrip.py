@@ -22,7 +22,7 @@ def assert_same(read: CacheRow, written: CacheRow, step: float) -> None:
         assert getattr(read, name) == getattr(written, name)
     for name in ("answer_ids", "answer_offsets", "status"):
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
-    for name in ("top_logit", "token_ids", "logsumexp", "log_tail"):
+    for name in ("top_logit", "token_ids", "draws", "logsumexp", "log_tail"):
         mine, theirs = getattr(read, name), getattr(written, name)
         if theirs is None:
             assert mine is None
@@ -43,6 +43,7 @@ def assert_same(read: CacheRow, written: CacheRow, step: float) -> None:
 def test_any_cache_round_trips(make_toy, data):
     vocab_size = data.draw(st.integers(2, 60))
     examples = data.draw(st.integers(1, 9))
+    selector = data.draw(st.sampled_from(["topk", "sampled"]))
     toy = make_toy(
         examples=examples,
         shard_examples=data.draw(st.integers(1, 5)),
@@ -50,7 +51,8 @@ def test_any_cache_round_trips(make_toy, data):
         top_k=data.draw(st.integers(1, vocab_size)),
         temperatures=tuple(data.draw(st.lists(st.sampled_from([0.5, 1.0, 1.2, 4.0]), min_size=1, unique=True))),
         step=2.0 ** data.draw(st.integers(-12, 0)),
-        store_ids=data.draw(st.booleans()),
+        store_ids=selector == "sampled" or data.draw(st.booleans()),
+        selector=selector,
         seed=data.draw(st.integers(0, 2**32)),
         quarantined=dict.fromkeys(data.draw(st.sets(st.integers(0, examples - 1))), "too_long"),
     )
@@ -76,9 +78,10 @@ def test_order_repeats_and_text_projection(toy, cache):
     assert [(t.prompt, t.answer) for t in texts] == [(r.prompt, r.answer) for r in reader.rows()]
 
 
-def test_projections_hold_what_they_say_and_read_nothing_else(make_toy, tmp_path):
+@pytest.mark.parametrize("selector", ["topk", "sampled"])
+def test_projections_hold_what_they_say_and_read_nothing_else(make_toy, tmp_path, selector):
     """A byte of a column that was not asked for may be wrong; one of a column that was asked for may not."""
-    toy = make_toy(examples=3, shard_examples=3, store_ids=True)
+    toy = make_toy(examples=3, shard_examples=3, selector=selector)
     cache = toy.build(tmp_path / "c")
     reader = CacheReader.open(cache)
     for aligned, ranked, row in zip(reader.rows(ALIGNMENT), reader.rows(RANKED), reader.rows(), strict=True):
@@ -87,13 +90,17 @@ def test_projections_hold_what_they_say_and_read_nothing_else(make_toy, tmp_path
         for name in ("answer_ids", "answer_offsets", "status"):
             np.testing.assert_array_equal(getattr(aligned, name), getattr(row, name))
         assert ranked.token_ids is None and row.token_ids is not None
+        assert ranked.draws is None and (row.draws is not None) == (selector == "sampled")
         for name in ("answer_ids", "answer_offsets", "status", "top_logit", "logits", "logsumexp", "log_tail"):
             np.testing.assert_array_equal(getattr(ranked, name), getattr(row, name))
 
     path = next((cache / "shards").glob("*.parquet"))
     whole, group = path.read_bytes(), pq.read_metadata(path).row_group(0)
     columns = {group.column(i).path_in_schema.partition(".")[0]: group.column(i) for i in range(group.num_columns)}
-    for victim, unread in (("token_ids", (TEXT, ALIGNMENT, RANKED)), ("gaps", (TEXT, ALIGNMENT)), ("status", (TEXT,))):
+    unread_of = {"token_ids": (TEXT, ALIGNMENT, RANKED), "gaps": (TEXT, ALIGNMENT), "status": (TEXT,)}
+    if selector == "sampled":
+        unread_of["draws"] = (TEXT, ALIGNMENT, RANKED)
+    for victim, unread in unread_of.items():
         damaged = bytearray(whole)
         damaged[columns[victim].data_page_offset + columns[victim].total_compressed_size - 2] ^= 1
         path.write_bytes(damaged)

@@ -147,6 +147,46 @@ FORGERIES = {
 }
 
 
+def draw_of_the_first_moved_to_the_last(values, offsets):
+    values[[0, 7]] += (-1, 1)
+    return values
+
+
+SAMPLED_FORGERIES = {
+    "draws run from 0 to 9": with_list("draws", first_to(9)),
+    "draws are not 8 in all": with_list("draws", lambda v, o: v + (np.arange(len(v)) == 0)),
+    "a slot without draws before one with": with_list("draws", draw_of_the_first_moved_to_the_last),
+    "a slot without draws has numbers of its own": with_list("token_ids", lambda v, o: v + (np.arange(len(v)) == 7)),
+    "a token id twice": with_list("token_ids", lambda v, o: np.where(np.arange(len(v)) == 1, v[0], v)),
+    "temperature 1.0, the drawn ids have a probability above 1": with_list("logsumexp", lambda v, o: v - 1),
+    "temperature 2.5, the drawn ids have a probability above 1": with_list(
+        "logsumexp", lambda v, o: v - 2 * (np.arange(len(v)) % 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SAMPLED_FORGERIES)
+def test_invariants_of_drawn_ids(make_toy, tmp_path, what):
+    cache = make_toy(selector="sampled").build(tmp_path / "c")
+    assert verify(cache).good
+    forge(cache, 1, SAMPLED_FORGERIES[what])
+    (problem,) = verify(cache).problems
+    assert re.search(what, problem.what), problem.what
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 / np.log(2), 2.0])
+def test_counts_that_their_probabilities_hardly_allow(make_toy, tmp_path, factor):
+    """A normaliser that is too large cannot be seen in a sum of probabilities, but draws tell: 256 of them here."""
+    toy = make_toy(selector="sampled", top_k=256, vocab_size=300, temperatures=(1.0,))
+    cache = toy.build(tmp_path / "c")
+    forge(cache, 1, with_list("logsumexp", lambda v, o: (v * factor).astype(np.float32)))
+    report = verify(cache)
+    if factor == 1.0:
+        assert report.good, report.problems
+    else:
+        assert "an id was drawn as often as its probability hardly allows" in report.problems[0].what
+
+
 @pytest.mark.parametrize("what", FORGERIES)
 def test_invariants_hold_whatever_the_hashes_say(cache, what):
     forge(cache, 1, FORGERIES[what])
@@ -186,6 +226,22 @@ def test_show_prints_tokens_candidates_and_probabilities(toy, cache, capsys):
         assert (toy.vocabulary[best] or f"<{best}>") in line
         tail = 1 - p[t, written.token_ids[t]].sum()
         assert float(line.split()[-1]) == pytest.approx(tail, rel=0.06)
+
+
+def test_show_prints_draws_beside_probabilities(make_toy, tmp_path, capsys):
+    toy = make_toy(selector="sampled")
+    assert main(["show", str(toy.build(tmp_path / "c")), "--example", "toy-4", "--top", "8"]) == 0
+    out = capsys.readouterr().out
+    written, p = toy.row(4), np.exp(toy.full_logits(4).astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    assert "share of 8 draws" in out and out.splitlines()[-len(written.answer_ids) - 1].endswith("ids drawn")
+    for t, line in enumerate(out.splitlines()[-len(written.answer_ids) :]):
+        if written.status[t] == 0:
+            drawn = written.token_ids[t][written.draws[t] > 0]
+            shown = re.findall(r"(0\.\d{3}) (0\.\d{3}|1\.000)", line)
+            np.testing.assert_allclose([float(a) for a, _ in shown], p[t, drawn], rtol=toy.step / 2, atol=5e-4)
+            assert [float(b) for _, b in shown] == (written.draws[t][: len(drawn)] / 8).tolist()
+            assert line.split()[-1] == str(len(drawn))
 
 
 def test_show_without_ids_and_by_number(make_toy, tmp_path, capsys):
