@@ -40,7 +40,9 @@ class CacheReader:
         self.root, self.manifest, self.records, self.sealed = root, manifest, tuple(records), sealed
         self._ends = list(accumulate(record.rows for record in records))  # of each record, in row numbers
         self._files: dict[int, ShardFile] = {}
+        self._group_ends: dict[int, list[int]] = {}  # of each file's row groups, in rows of the file
         self._groups: OrderedDict[tuple[int, int, Columns], RowGroup] = OrderedDict()  # least recently used first
+        self._held_bytes = 0  # of all `_groups`, counted on: to add them up anew at every read is quadratic
         self._memory_bytes = memory_bytes
 
     @classmethod
@@ -120,16 +122,16 @@ class CacheReader:
             raise IndexError(f"there is no row {index}; the cache at {self.root} has rows 0 to {len(self) - 1}")
         which = bisect_right(self._ends, index)
         row = index - (self._ends[which] - self.records[which].rows)
-        for group, rows in enumerate(self._file(which).group_rows):
-            if row < rows:
-                return which, group, row
-            row -= rows
-        raise AssertionError("a ShardFile has as many rows as its record says")
+        self._file(which)
+        ends = self._group_ends[which]
+        group = bisect_right(ends, row)
+        return which, group, row - (ends[group - 1] if group else 0)
 
     def _file(self, which: int) -> ShardFile:
         if which not in self._files:
             record = self.records[which]
-            self._files[which] = ShardFile(Layout(self.root).shards / record.file, record, self.manifest)
+            file = ShardFile(Layout(self.root).shards / record.file, record, self.manifest)
+            self._files[which], self._group_ends[which] = file, list(accumulate(file.group_rows))
         return self._files[which]
 
     def _group(self, which: int, group: int, columns: Columns) -> RowGroup:
@@ -138,6 +140,7 @@ class CacheReader:
             self._groups.move_to_end(key)
             return self._groups[key]
         rows = self._groups[key] = self._file(which).group(group, columns)
-        while len(self._groups) > 1 and sum(g.nbytes for g in self._groups.values()) > self._memory_bytes:
-            self._groups.popitem(last=False)
+        self._held_bytes += rows.nbytes
+        while len(self._groups) > 1 and self._held_bytes > self._memory_bytes:
+            self._held_bytes -= self._groups.popitem(last=False)[1].nbytes
         return rows

@@ -95,7 +95,7 @@ def _records(report: VerifyReport) -> dict[int, CommitRecord]:
     """All readable records by shard; what is wrong with the others goes into the report."""
     root, manifest, layout = report.root, report.manifest, Layout(report.root)
     records: dict[int, CommitRecord] = {}
-    recorded = layout.recorded()
+    recorded = dict.fromkeys(layout.recorded())  # in order, and looked up for every shard below
     for shard in recorded:
         try:
             records[shard] = CommitRecord.load(root, shard, manifest)
@@ -119,7 +119,7 @@ def _records(report: VerifyReport) -> dict[int, CommitRecord]:
         report.sealed = False
     except (DamagedDocument, UnknownVersion) as error:
         report.problems.append(Problem(None, "sealed.json", _first_line(error)))
-    report.missing = sorted(set(range(manifest.shards)) - set(recorded) - set(records))
+    report.missing = sorted(set(range(manifest.shards)) - recorded.keys() - records.keys())
     committed = {record.file for record in records.values()}
     report.orphans = [path.name for _, path in layout.data_files() if path.name not in committed]
     return records
