@@ -8,7 +8,7 @@ process group and one sum over it; its wrappers for models, optimizers and sched
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import groupby
@@ -81,7 +81,6 @@ def train_arm(
     Raises RunError, before anything of that step is saved, where a loss or a gradient is not finite.
     """
     rank, ranks, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    weights = {name: getattr(losses, name) for name in COMPONENTS if getattr(losses, name) > 0}
     seed = arm.run.seed
     student.reset(seed)
     gradients = flat_gradients(student.parameters.values())
@@ -98,52 +97,17 @@ def train_arm(
 
     with (
         claimed(arm) if main else nullcontext(),
-        ThreadPoolExecutor(1) as ahead,
         MetricsLog(arm.folder, done) if main else nullcontext() as log,
         progress(arm.label, settings.steps, "steps", done) if main else nullcontext() as bar,
     ):
-        upcoming = ahead.submit(load, done)
-        for step in range(done, settings.steps):
-            started = time.perf_counter()
-            batches = upcoming.result()
-            if step + 1 < settings.steps:
-                upcoming = ahead.submit(load, step + 1)
-
-            # The denominators, over all micro-batches and processes, before any loss is computed.
-            valid = global_counts(accelerator, batches)
-
-            # Forward and backward. The adapter's gradients add up in `gradients`.
-            gradients.zero_()
-            parts = []
-            for micro, batch in enumerate(batches):
-                torch.manual_seed(seed_of("dropout", seed, step, micro, rank))
-                parts.append(student.backward(batch.to(accelerator.device), weights, valid, losses.temperature))
-            means = torch.stack(parts).sum(0) if parts else gradients.new_zeros(len(weights))
-
-            # Over the processes: sums, since every part was divided by the global count already.
-            gradients.copy_(accelerator.reduce(gradients, reduction="sum"))
-            components = dict(zip(weights, accelerator.reduce(means, reduction="sum").tolist(), strict=True))
-            loss = sum(weights[name] * value for name, value in components.items())
-            grad_norm = gradients.norm().item()
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise not_finite(arm, step, components, grad_norm, batches, parts)
-
-            # The update.
-            gradients.mul_(min(1.0, settings.max_grad_norm / (grad_norm + 1e-6)))
-            lr = learning_rate(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-
+        started = time.perf_counter()
+        for step, batches in prefetched(load, range(done, settings.steps)):
+            measured = take_step(accelerator, student, optimizer, gradients, arm, losses, settings, step, batches)
+            tokens_per_s = measured["tokens"] / (time.perf_counter() - started)
             if log is not None and bar is not None:
-                tokens_per_s = valid["tokens"] / (time.perf_counter() - started)
-                log.write(
-                    {"step": step + 1, "loss": loss, **components, "lr": lr, "grad_norm": grad_norm}
-                    | {"positions": valid["ce"]}
-                    | ({"aligned": valid["uld"]} if "uld" in weights else {})
-                    | {"tokens": valid["tokens"], "tokens_per_s": tokens_per_s}
-                )
-                bar.advance(1, note=f"loss {loss:.4f} lr {lr:.2e} norm {grad_norm:.2f} {tokens_per_s:,.0f} tok/s")
+                log.write({"step": step + 1, **measured, "tokens_per_s": tokens_per_s})
+                loss, lr, norm = measured["loss"], measured["lr"], measured["grad_norm"]
+                bar.advance(1, note=f"loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} {tokens_per_s:,.0f} tok/s")
                 if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                     log.flush()
                     folder = arm.folder.checkpoint(step + 1)
@@ -152,7 +116,68 @@ def train_arm(
                         "provenance": run_notes(accelerator, settings, usable),
                     }
                     checkpoint.save(folder, step + 1, student.model, student.parameters, optimizer, notes)
+            started = time.perf_counter()
     accelerator.wait_for_everyone()
+
+
+def prefetched(load: Callable[[int], list[Batch]], steps: range) -> Iterator[tuple[int, list[Batch]]]:
+    """Every step with its micro-batches; those of the next one are loaded in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as ahead:
+        upcoming = ahead.submit(load, steps.start)
+        for step in steps:
+            batches = upcoming.result()
+            if step + 1 in steps:
+                upcoming = ahead.submit(load, step + 1)
+            yield step, batches
+
+
+def take_step(
+    accelerator: Accelerator,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    gradients: Tensor,
+    arm: ArmPlan,
+    losses: Arm,
+    settings: Train,
+    step: int,
+    batches: Sequence[Batch],
+) -> dict[str, float]:
+    """One optimizer step on this process's micro-batches; what is to be logged of it. Raises as `train_arm` does.
+
+    gradients: see `flat_gradients`.
+    """
+    weights = {name: getattr(losses, name) for name in COMPONENTS if getattr(losses, name) > 0}
+
+    # The denominators, over all micro-batches and processes, before any loss is computed.
+    valid = global_counts(accelerator, batches)
+
+    # Forward and backward. The adapter's gradients add up in `gradients`.
+    gradients.zero_()
+    parts = []
+    for micro, batch in enumerate(batches):
+        torch.manual_seed(seed_of("dropout", arm.run.seed, step, micro, accelerator.process_index))
+        parts.append(student.backward(batch.to(accelerator.device), weights, valid, losses.temperature))
+    means = torch.stack(parts).sum(0) if parts else gradients.new_zeros(len(weights))
+
+    # Over the processes: sums, since every part was divided by the global count already.
+    gradients.copy_(accelerator.reduce(gradients, reduction="sum"))
+    components = dict(zip(weights, accelerator.reduce(means, reduction="sum").tolist(), strict=True))
+    loss = sum(weights[name] * value for name, value in components.items())
+    grad_norm = gradients.norm().item()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise not_finite(arm, step, components, grad_norm, batches, parts)
+
+    # The update.
+    gradients.mul_(min(1.0, settings.max_grad_norm / (grad_norm + 1e-6)))
+    lr = learning_rate(step, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return (
+        {"loss": loss, **components, "lr": lr, "grad_norm": grad_norm, "positions": valid["ce"]}
+        | ({"aligned": valid["uld"]} if "uld" in weights else {})
+        | {"tokens": valid["tokens"]}
+    )
 
 
 def learning_rate(step: int, settings: Train) -> float:
