@@ -18,9 +18,9 @@ from cache_schema.schema import CacheRow, Status
 # is for those roundings. What it must catch (a wrong temperature, base-2 logarithms, a shifted row) is far larger.
 NORMALISER_TOLERANCE = 1e-3
 
-# A count d of n draws at probability p has a chance of e^-cost at most, where cost = d log(d / np) - d + np (Chernoff).
-# Over 151,936 ids and a billion positions, sound draws go beyond a cost of 60 once in 10^9 such caches.
-MAX_DRAWS_COST = 60.0
+# Of K slices of the cumulative probability, an id of probability p covers more than K p - 2 whole ones, each of which
+# draws it, and parts of two more.
+MAX_DRAWS_ERROR = 2
 
 
 def problem_of(row: CacheRow, manifest: Manifest, *, decoded: bool) -> str | None:
@@ -183,7 +183,7 @@ def _probability_problem(
     codec_error: float,
     first: Any,
 ) -> str | None:
-    """The drawn ids have no more than probability 1 together, and each count could well come from its probability."""
+    """The drawn ids have no more than probability 1 together, and each has the draws that its own stands for."""
     drawn_MK, total = draws_MK > 0, draws_MK.shape[1]
     for i, temperature in enumerate(manifest.temperatures):
         lse_M = lse_MT[:, i].astype(np.float64)
@@ -193,11 +193,10 @@ def _probability_problem(
         what = f"at temperature {temperature}, the drawn ids have a probability above 1 together"
         problem: str | None = first(sum_M > tolerance_M, what)
         if problem is None and i == 0:  # the temperature that they were drawn at
-            log_draws_MK, log_mean_MK = np.log(np.maximum(draws_MK, 1)), np.log(total) + log_p_MK
-            nearest_MK = np.clip(log_draws_MK, log_mean_MK - tolerance_M[:, None], log_mean_MK + tolerance_M[:, None])
-            cost_MK = draws_MK * (log_draws_MK - nearest_MK) - draws_MK + np.exp(nearest_MK)
-            what = f"at temperature {temperature}, an id was drawn as often as its probability hardly allows"
-            problem = first((drawn_MK & (cost_MK > MAX_DRAWS_COST)).any(axis=1), what)
+            low_MK, high_MK = (total * np.exp(log_p_MK + sign * tolerance_M[:, None]) for sign in (-1, 1))
+            off_MK = (draws_MK < low_MK - MAX_DRAWS_ERROR) | (draws_MK > high_MK + MAX_DRAWS_ERROR)
+            what = f"at temperature {temperature}, an id was drawn more or less often than its probability allows"
+            problem = first((drawn_MK & off_MK).any(axis=1), what)
         if problem is not None:
             return problem
     return None

@@ -29,7 +29,7 @@ from cache_schema.layout import Layout
 from cache_schema.schema import SCHEMA_VERSION
 
 CODECS = ("fine",)
-SELECTORS = ("topk", "sampled")  # the K largest logits; K draws, with replacement, from the first temperature's softmax
+SELECTORS = ("topk", "sampled")  # the K largest logits; K draws from the softmax at the first temperature
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:

@@ -83,7 +83,10 @@ class Toy:
         scaled = [logits.astype(np.float64) / t for t in self.temperatures]
         draws = None
         if self.selector == "sampled":
-            counts = rng.multinomial(self.top_k, np.exp(scaled[0] - log_sum_exp(scaled[0])[:, None]))
+            cumulative = np.exp(scaled[0] - log_sum_exp(scaled[0])[:, None]).cumsum(axis=1)
+            slices = (np.arange(self.top_k) + rng.random((n, self.top_k))) / self.top_k * cumulative[:, -1:]
+            drawn = [np.searchsorted(c, s, side="right") for c, s in zip(cumulative, slices, strict=True)]
+            counts = np.stack([np.bincount(ids, minlength=self.vocab_size) for ids in drawn])
             ranked = np.take_along_axis(counts, order, axis=1)
             slots = np.argsort(ranked == 0, axis=1, kind="stable")[:, : self.top_k]  # drawn ids first, by rank
             draws = np.take_along_axis(ranked, slots, axis=1).astype(np.int32)
