@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cache_schema.errors import IncompleteCache, NotACache
-from cache_schema.reader import CacheReader
 from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
 
 if TYPE_CHECKING:
     from cache_schema.manifest import Manifest
+    from cache_schema.reader import CacheReader
     from pipeline.fingerprint import Experiment
 
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     recipe = recipe_of(args)
 
+    from cache_schema.reader import CacheReader
     from pipeline.fingerprint import Experiment
 
     experiment = Experiment(recipe)
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fill(experiment: "Experiment", command: Sequence[str]) -> int:
     """Capture every shard that is missing, then seal."""
+    from cache_schema.reader import CacheReader
     from cache_schema.writer import CacheWriter
     from pipeline.models import provenance
     from pipeline.progress import progress
@@ -146,13 +148,13 @@ def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:
             yield shard
 
 
-def _by_task(experiment: "Experiment", reader: CacheReader) -> str:
+def _by_task(experiment: "Experiment", reader: "CacheReader") -> str:
     from stage1_teacher.ledger import LEGEND, task_table
 
     return f"\n{task_table(reader, experiment.training_set.cached)}\n\n{LEGEND}\n"
 
 
-def _summary(reader: CacheReader) -> str:
+def _summary(reader: "CacheReader") -> str:
     totals = reader.totals()
     return (
         f"examples {totals.examples}; positions {totals.positions}; "

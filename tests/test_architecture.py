@@ -1,6 +1,8 @@
 """The house keeps its shape: who may import whom, nested imports included."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,8 +54,6 @@ def test_packages_import_only_what_lies_below_them(package, path):
 @pytest.mark.parametrize(("package", "path"), list(modules()))
 def test_a_cache_can_be_read_without_torch(package, path):
     if package == "cache_schema":
-        import sys
-
         others = set(imports(path)) - set(sys.stdlib_module_names) - {"cache_schema"}
         assert others <= {"numpy", "pyarrow"}
 
@@ -67,6 +67,23 @@ def test_torch_in_the_spine_has_its_rooms(package, path):
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_command_lines_answer_before_anything_heavy_is_imported(package):
     assert not HEAVY & set(imports(ROOT / package / "__main__.py", top_level_only=True))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*sorted(PACKAGES), "pipeline run", "pipeline show", "cache_schema verify", "cache_schema show"],
+)
+def test_help_needs_nothing_but_python(command):
+    """Without site-packages (-S) there is no torch, pydantic, pyarrow or numpy to wait for."""
+    bare = [sys.executable, "-S", "-m"]
+    ran = subprocess.run([*bare, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "") and ran.stdout.startswith("usage: python -m ")
+
+
+def test_without_site_packages_nothing_can_be_done():
+    """The control of the test above."""
+    bare = [sys.executable, "-S", "-m", "pipeline", "show"]
+    assert "ModuleNotFoundError" in subprocess.run(bare, cwd=ROOT, capture_output=True, text=True, check=False).stderr
 
 
 def test_the_top_level_is_the_architecture():

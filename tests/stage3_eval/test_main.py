@@ -92,10 +92,6 @@ def loaded_by(arguments) -> set[str]:
     return set(done.stdout.splitlines()[-1].split()[1:])
 
 
-def test_help_loads_nothing_heavy():
-    assert loaded_by(["--help"]) == set()
-
-
 def test_rescoring_does_not_import_torch(run):
     main(run.arguments)
     assert not {"torch", "transformers", "peft"} & loaded_by([*run.arguments, "--rescore"])
