@@ -1,6 +1,5 @@
 """Finding models, and the front door's small commands."""
 
-
 import pytest
 import toys
 
