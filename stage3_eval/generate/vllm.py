@@ -5,12 +5,12 @@ Runs in an environment that has vLLM: see stage3_eval/VLLM.md.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError
+from pipeline.vllm import import_vllm
 from stage3_eval.generate import ADAPTER_FILE, Generated
 
 if TYPE_CHECKING:
@@ -38,27 +38,9 @@ class VLLMEngine:
         adapters: Sequence[Path],
         device: str = "auto",
     ) -> None:
-        try:
-            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-            os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-            import vllm
-            from vllm.platforms import current_platform
-        except (ImportError, OSError, RuntimeError) as error:  # the last two: a broken torchvision beside it
-            raise RunError(
-                f"eval.engine is vllm, but it cannot be imported here ({error}). Install it in an environment of its "
-                "own, pip install 'logitbank[vllm]', and name its interpreter with "
-                "--set runtime.python.stage3_eval=<environment>/bin/python; without a GPU: make vllm-cpu. "
-                "Or generate with transformers: --set eval.engine=hf"
-            ) from None
+        vllm, on_cpu = import_vllm("eval.engine", "stage3_eval", device)
         if rank > _RANKS[-1]:
             raise RunError(f"lora.r is {rank}, but vLLM serves ranks up to {_RANKS[-1]}; --set eval.engine=hf")
-        on_cpu = current_platform.is_cpu()
-        if device == "cuda" and on_cpu:
-            raise RunError("runtime.device is cuda, but this vLLM is a build for CPUs; set runtime.device=auto")
-        if on_cpu:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # 5 times faster where cores are few or shared
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: two imports of 15 s less
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
         self._requests: dict[Path, Any] = {}
         self._vllm = vllm
         self.provenance: dict[str, Any] = {"engine": "vllm", "vllm": vllm.__version__}
