@@ -30,3 +30,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.startswith(name)]
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'.{hint} Known: {', '.join(known) or 'none'}."
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without the pages that may follow."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

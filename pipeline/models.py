@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_line
 from pipeline.recipe import Recipe
 
 EMBEDDED_DIR = Path(__file__).parent / "pocket" / "weights"
@@ -91,7 +91,7 @@ def _hub_commit(model: str, revision: str | None) -> str:
         OSError,
     ) as error:
         raise ModelError(
-            f"model {model}: neither the Hub nor its local cache answers: {_first_line(error).rstrip('.')}. "
+            f"model {model}: neither the Hub nor its local cache answers: {first_line(error).rstrip('.')}. "
             "Without a network, give a folder written by save_pretrained instead, as in --set teacher.model=<folder>"
         ) from None
     return Path(path).parent.name
@@ -110,7 +110,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {source.location}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model {source.location}: its tokenizer cannot be loaded: {first_line(error)}") from None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -149,20 +149,29 @@ def load_config(source: ModelSource) -> Any:
     try:
         return AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {source.location}: its config.json cannot be read: {_first_line(error)}") from None
+        raise ModelError(f"model {source.location}: its config.json cannot be read: {first_line(error)}") from None
 
 
-def load_causal_lm(source: ModelSource, dtype: str, quantization: str, device: torch.device) -> Any:
+DeviceMap = str | dict[str, str | int] | None
+
+
+def load_causal_lm(
+    source: ModelSource, dtype: str, quantization: str, device: torch.device, device_map: DeviceMap = None
+) -> Any:
     """A decoder in evaluation mode, weights frozen. quantization nf4: 4-bit, double quantisation, compute in `dtype`.
 
+    device_map: None puts all of it on `device`; else accelerate's way of spreading it (`auto`, ...) or each module's
+    place by name, and `device` is not looked at.
     Raises ModelError where the folder is no causal model or has no safetensors.
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, "a causal model", source, dtype, quantization, device)
+    return _load(AutoModelForCausalLM, "a causal model", source, dtype, quantization, device, device_map)
 
 
-def load_seq2seq_lm(source: ModelSource, dtype: str, quantization: str, device: torch.device) -> Any:
+def load_seq2seq_lm(
+    source: ModelSource, dtype: str, quantization: str, device: torch.device, device_map: DeviceMap = None
+) -> Any:
     """An encoder-decoder, otherwise as `load_causal_lm`.
 
     What stays out of nf4 stays in `dtype`: embeddings, head, norms and, by T5's own rule, the feed-forward's `wo`.
@@ -170,10 +179,18 @@ def load_seq2seq_lm(source: ModelSource, dtype: str, quantization: str, device: 
     """
     from transformers import AutoModelForSeq2SeqLM
 
-    return _load(AutoModelForSeq2SeqLM, "an encoder-decoder", source, dtype, quantization, device)
+    return _load(AutoModelForSeq2SeqLM, "an encoder-decoder", source, dtype, quantization, device, device_map)
 
 
-def _load(auto_class: Any, what: str, source: ModelSource, dtype: str, quantization: str, device: torch.device) -> Any:
+def _load(
+    auto_class: Any,
+    what: str,
+    source: ModelSource,
+    dtype: str,
+    quantization: str,
+    device: torch.device,
+    device_map: DeviceMap,
+) -> Any:
     from transformers import BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
@@ -187,7 +204,9 @@ def _load(auto_class: Any, what: str, source: ModelSource, dtype: str, quantizat
             bnb_4bit_compute_dtype=DTYPES[dtype],
             bnb_4bit_use_double_quant=True,
         )
-        options["device_map"] = {"": str(device)}
+        device_map = device_map or {"": str(device)}
+    if device_map:
+        options["device_map"] = device_map
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its doubts about ties; what matters of its report is an error below
     try:
@@ -200,7 +219,7 @@ def _load(auto_class: Any, what: str, source: ModelSource, dtype: str, quantizat
             **options,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {source.location}: it cannot be loaded as {what}: {_first_line(error)}") from None
+        raise ModelError(f"model {source.location}: it cannot be loaded as {what}: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     if lacking := sorted(report["missing_keys"]):
@@ -208,14 +227,26 @@ def _load(auto_class: Any, what: str, source: ModelSource, dtype: str, quantizat
             f"model {source.location}: its files have no weights for {lacking[0]} and {len(lacking) - 1} more, which "
             f"{what} needs and would draw at random; use the whole model"
         )
-    if quantization == "none":
+    if not device_map:
         model = model.to(device)
     return model.eval().requires_grad_(False)
 
 
-def window_of(model: Any) -> int | None:
-    """The most tokens the model can read, None where its config names no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+def input_device(model: Any) -> torch.device:
+    """Where the model's inputs belong. accelerate brings them to layers that lie elsewhere."""
+    spread: Any = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if spread is None else torch.device(spread)
+
+
+def placement(model: Any) -> dict[str, Any]:
+    """Which module lies where, for records; empty for a model on one device."""
+    places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
+    return {"device_map": places} if len(set(places.values())) > 1 else {}
+
+
+def window_of(config: Any) -> int | None:
+    """The most tokens a model can read, None where its config names no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
@@ -260,13 +291,13 @@ def check_seq2seq_head(model: Any) -> None:
 
 
 def _probe_ids(model: Any) -> Tensor:
-    device, vocab_size = next(model.parameters()).device, int(model.config.vocab_size)
-    return torch.arange(1, 9, device=device)[None] % vocab_size
+    return torch.arange(1, 9, device=input_device(model))[None] % int(model.config.vocab_size)
 
 
 def _same_logits(model: Any, whole: Tensor, parts: Tensor) -> None:
-    if not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
-        worst = (whole.float() - parts.float()).abs().max().item()
+    whole, parts = whole.float().cpu(), parts.float().cpu()  # the layers may lie on several devices
+    if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
+        worst = (whole - parts).abs().max().item()
         raise ModelError(
             f"model {model.config.name_or_path} ({model.config.model_type}): its logits are not its head's output "
             f"(they differ by up to {worst:.3g}); this family rescales or caps logits and cannot be taken apart"
@@ -287,13 +318,16 @@ def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
 
     bfloat16 logits near 20 are only good to 0.06; the answer rows are few, so their head is exact instead.
     """
+    from accelerate.utils import align_module_device
+
     head: Any = body_and_head(model)[1]
-    weight_VH = head.weight.detach().float()
-    bias_V = head.bias.detach().float() if getattr(head, "bias", None) is not None else None
+    with align_module_device(head):  # read in, if it lies in no memory
+        weight_VH = head.weight.detach().float()
+        bias_V = head.bias.detach().float() if getattr(head, "bias", None) is not None else None
     scale = head_scale(model)
 
     def logits(hidden_NH: Tensor) -> Tensor:
-        return nn.functional.linear(hidden_NH.float() * scale, weight_VH, bias_V)
+        return nn.functional.linear(hidden_NH.to(weight_VH.device, torch.float32) * scale, weight_VH, bias_V)
 
     return logits
 
@@ -310,7 +344,3 @@ def provenance() -> dict[str, str]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -62,6 +62,7 @@ class Recipe(Section):
             if name in CONDITIONS:
                 raise ValueError(f"arms.{name}: this name is a baseline's; choose another")
             self._check_losses(name, arm)
+        self._check_engine()
         if self.eval.select == "held_out" and self.data.held_out == 0:
             raise ValueError("eval.select is held_out, but data.held_out is 0; set data.held_out to some 100")
         if "few_shot" in self.eval.baselines and self.teacher.shots == 0:
@@ -85,6 +86,32 @@ class Recipe(Section):
             )
         if arm.needs_ids and not self.cache.store_ids:
             raise ValueError(f"arms.{name}: logit_mse and kl need token ids; set cache.store_ids=true")
+
+    def _check_engine(self) -> None:
+        """What the teacher's engine can run, and where."""
+        teacher, runtime = self.teacher, self.runtime
+        if teacher.engine == "hf" and runtime.tensor_parallel > 1:
+            raise ValueError(
+                f"runtime.tensor_parallel is {runtime.tensor_parallel}, but teacher.engine is hf, which splits no "
+                "layer; --set teacher.engine=vllm, or spread whole layers: --set runtime.device_map=auto"
+            )
+        if runtime.device_map and runtime.device == "cpu":
+            raise ValueError(
+                f"runtime.device_map is {runtime.device_map}, which takes every GPU, but runtime.device is cpu; "
+                "set one or the other to its default"
+            )
+        if teacher.engine == "vllm":
+            for key, found, served in (
+                ("teacher.kind", teacher.kind, "causal"),
+                ("teacher.quantization", teacher.quantization, "none"),
+                ("cache.selector", self.cache.selector, "topk"),
+                ("runtime.device_map", runtime.device_map, None),
+            ):
+                if found != served:
+                    raise ValueError(
+                        f"teacher.engine is vllm, which serves {key}={served or 'null'} only, found {found}; "
+                        f"--set teacher.engine=hf or --set {key}={served or 'null'}"
+                    )
 
     @property
     def arm_runs(self) -> list[ArmRun]:

@@ -53,7 +53,9 @@ class Teacher(Section):
         None, description="the Hub commit; null: the one the local Hub cache or the Hub resolves to"
     )
     kind: Literal["causal", "seq2seq"] = Field("causal", description="decoder alone, or encoder and decoder")
-    engine: Literal["hf"] = Field("hf", description="what runs it: transformers")
+    engine: Literal["hf", "vllm"] = Field(
+        "hf", description="what runs it: transformers, or vLLM for a decoder that needs several GPUs"
+    )
     quantization: Literal["none", "nf4"] = Field(
         "none", description="nf4: 4-bit with double quantisation, by bitsandbytes"
     )
@@ -223,6 +225,10 @@ class Runtime(Section):
         {}, description="another interpreter for a stage (vLLM in an environment of its own)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        None, description="stage 1 on hf: how accelerate spreads a teacher's layers over all GPUs; null: one device"
+    )
+    tensor_parallel: int = Field(1, ge=1, description="stage 1 on vllm: GPUs that share every layer of the teacher")
     batch_tokens: int = Field(
         16384, ge=1, description="stage 1: padded tokens in a batch, encoder's and decoder's; not the shared context"
     )

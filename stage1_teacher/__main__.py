@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cache_schema.manifest import Manifest
     from cache_schema.reader import CacheReader
     from pipeline.fingerprint import Experiment
+    from pipeline.tasks import Example
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +60,10 @@ def fill(experiment: "Experiment", command: Sequence[str]) -> int:
         flush=True,
     )
     if missing:
-        teacher = load_teacher(recipe)
+        todo = [
+            example for s in missing for example in examples[s * manifest.shard_examples :][: manifest.shard_examples]
+        ]
+        teacher = load_teacher(recipe, lambda: _longest(experiment, todo))
         capture = Capture(
             teacher,
             experiment.teacher_prompts,
@@ -70,8 +74,7 @@ def fill(experiment: "Experiment", command: Sequence[str]) -> int:
             recipe.runtime.batch_tokens,
             recipe.cache.store_ids,
         )
-        todo = sum(len(examples[s * manifest.shard_examples :][: manifest.shard_examples]) for s in missing)
-        with progress("stage 1", len(examples), "examples", done=len(examples) - todo) as bar:
+        with progress("stage 1", len(examples), "examples", done=len(examples) - len(todo)) as bar:
             run_shards(
                 capture,
                 examples,
@@ -79,6 +82,11 @@ def fill(experiment: "Experiment", command: Sequence[str]) -> int:
                 _claimed(writer, missing),
                 {**provenance(), "batch_tokens": recipe.runtime.batch_tokens},
                 bar.advance,
+            )
+        if reused := teacher.provenance.get("vllm"):
+            print(
+                f"vLLM read {reused['tokens_read']:,} tokens, of which {reused['tokens_from_prefix_cache']:,} "
+                "came from its prefix cache"
             )
     left = writer.missing()
     if left:
@@ -137,6 +145,12 @@ def planned(experiment: "Experiment", command: Sequence[str]) -> "tuple[Manifest
         vocabulary_sha256=vocabulary_sha256(texts),
     )
     return manifest, texts
+
+
+def _longest(experiment: "Experiment", examples: "Sequence[Example]") -> int:
+    """Tokens of the longest sequence that the teacher reads for these examples."""
+    prompts, shots = experiment.teacher_prompts, experiment.training_set.shots
+    return max(len(prompts.encode(e.prompt, e.answer, shots.of(e)).input_ids) for e in examples)
 
 
 def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:

@@ -229,7 +229,7 @@ def run_shards(
             rows, quarantined = capture.shard(examples[shard * size : (shard + 1) * size], renew)
             if pending is not None:
                 pending.result()  # raises here what went wrong there
-            pending = pool.submit(writer.commit, shard, rows, quarantined, provenance)
+            pending = pool.submit(writer.commit, shard, rows, quarantined, provenance | capture.teacher.provenance)
             done += 1
         if pending is not None:
             pending.result()

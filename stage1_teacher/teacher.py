@@ -4,7 +4,7 @@ Shape suffixes: B sequences, L tokens (E where the encoder reads them), H hidden
 vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,11 +18,13 @@ from pipeline.models import (
     check_seq2seq_head,
     device_of,
     float32_head,
+    input_device,
     kv_cache_argument,
     load_causal_lm,
     load_config,
     load_seq2seq_lm,
     locate,
+    placement,
     window_of,
 )
 from pipeline.prompts import PromptBuilder
@@ -55,6 +57,11 @@ class Teacher(Protocol):
     vocab_size: int
     window: int | None  # the most tokens its decoder can read
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a commit record says of the engine beyond the software: where the teacher lies, what it has read."""
+        ...
+
     def top_k(
         self, batch: Sequence[TeacherInput], context_ids: Sequence[int], k: int, temperatures: Sequence[float]
     ) -> Iterator[TopK]:
@@ -67,6 +74,13 @@ class Teacher(Protocol):
 
 class FullLogitsTeacher:
     """A teacher in this process, whose full logits are at hand."""
+
+    model: Any = None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """See Teacher."""
+        return placement(self.model)
 
     def answer_logits(self, batch: Sequence[TeacherInput], context_ids: Sequence[int]) -> Iterator[Tensor]:
         """Float32 logits_NV of all wanted rows of the batch, in order, in chunks of some rows."""
@@ -94,9 +108,9 @@ class CausalTeacher(FullLogitsTeacher):
         self.model = model
         self.body, _ = body_and_head(model)
         self.head = float32_head(model)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.vocab_size = int(model.config.vocab_size)
-        self.window = window_of(model)
+        self.window = window_of(model.config)
         self.rows_per_chunk = _rows_per_chunk(self.vocab_size)
         self._context: tuple[tuple[int, ...], list[tuple[Tensor, Tensor]]] = ((), [])
 
@@ -137,9 +151,9 @@ class Seq2SeqTeacher(FullLogitsTeacher):
         check_seq2seq_head(model)
         self.model = model
         self.head = float32_head(model)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.vocab_size = int(model.config.vocab_size)
-        self.window = window_of(model)
+        self.window = window_of(model.config)
         self.rows_per_chunk = _rows_per_chunk(self.vocab_size)
 
     @torch.no_grad()
@@ -203,9 +217,16 @@ def vocabulary_size(recipe: Recipe, prompts: PromptBuilder) -> int:
     return int(config.vocab_size)
 
 
-def load_teacher(recipe: Recipe) -> Teacher:
-    """The teacher a recipe names, its weights on the recipe's device."""
-    source, teacher = locate(recipe.teacher.model, recipe.teacher.revision), recipe.teacher
-    if teacher.kind == "seq2seq":
-        return Seq2SeqTeacher(load_seq2seq_lm(source, teacher.dtype, teacher.quantization, device_of(recipe)))
-    return CausalTeacher(load_causal_lm(source, teacher.dtype, teacher.quantization, device_of(recipe)))
+def load_teacher(recipe: Recipe, longest: Callable[[], int]) -> Teacher:
+    """The teacher a recipe names, its weights where the recipe's runtime section says.
+
+    longest: tokens of the longest sequence; counted only for an engine that must know (vLLM reserves memory for it).
+    """
+    source, teacher, runtime = locate(recipe.teacher.model, recipe.teacher.revision), recipe.teacher, recipe.runtime
+    if teacher.engine == "vllm":
+        from stage1_teacher.vllm import VLLMTeacher
+
+        return VLLMTeacher(recipe, longest())
+    load = load_seq2seq_lm if teacher.kind == "seq2seq" else load_causal_lm
+    model = load(source, teacher.dtype, teacher.quantization, device_of(recipe), runtime.device_map)
+    return Seq2SeqTeacher(model) if teacher.kind == "seq2seq" else CausalTeacher(model)

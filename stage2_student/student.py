@@ -32,7 +32,7 @@ class Student:
     def __init__(self, source: ModelSource, recipe: StudentRecipe, seed: int, device: torch.device) -> None:
         self._recipe = recipe
         base = load_causal_lm(source, recipe.dtype, "none", device)
-        self.window = window_of(base)
+        self.window = window_of(base.config)
         self.vocab_size = int(base.get_output_embeddings().weight.shape[0])
         self._adapt(base, seed)
         check_head(self.model)
