@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[Row] = []
     build_s: dict[str, float] = {}
-    memory = Path("/dev/shm")  # noqa: S108: our own folder below it has a random name
+    memory = Path("/dev/shm")  # noqa: S108  our own folder below it has a random name
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4e9
     with tempfile.TemporaryDirectory(dir=args.scratch or (memory if roomy else None)) as scratch:
         folders = {}
