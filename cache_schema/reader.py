@@ -26,6 +26,7 @@ from cache_schema.schema import ALL, AlignmentRow, CacheRow, Columns, TextRow
 from cache_schema.shard import ShardFile
 
 MEMORY_BYTES = 512 << 20
+MAX_FILES = 2048  # whose footers are kept, about 50 kB each; reading one again takes about a millisecond
 
 
 class CacheReader:
@@ -39,8 +40,7 @@ class CacheReader:
     ) -> None:
         self.root, self.manifest, self.records, self.sealed = root, manifest, tuple(records), sealed
         self._ends = list(accumulate(record.rows for record in records))  # of each record, in row numbers
-        self._files: dict[int, ShardFile] = {}
-        self._group_ends: dict[int, list[int]] = {}  # of each file's row groups, in rows of the file
+        self._files: OrderedDict[int, tuple[ShardFile, list[int]]] = OrderedDict()  # with the ends of its row groups
         self._groups: OrderedDict[tuple[int, int, Columns], RowGroup] = OrderedDict()  # least recently used first
         self._held_bytes = 0  # of all `_groups`, counted on: to add them up anew at every read is quadratic
         self._memory_bytes = memory_bytes
@@ -102,7 +102,7 @@ class CacheReader:
         for index in sorted(set(indices)):
             which, group, row = self._locate(index)
             rows = self._group(which, group, columns)
-            with self._files[which].reading():
+            with self._file(which)[0].reading():
                 found[index] = rows.row(row)
         return [found[index] for index in indices]
 
@@ -122,16 +122,19 @@ class CacheReader:
             raise IndexError(f"there is no row {index}; the cache at {self.root} has rows 0 to {len(self) - 1}")
         which = bisect_right(self._ends, index)
         row = index - (self._ends[which] - self.records[which].rows)
-        self._file(which)
-        ends = self._group_ends[which]
+        ends = self._file(which)[1]
         group = bisect_right(ends, row)
         return which, group, row - (ends[group - 1] if group else 0)
 
-    def _file(self, which: int) -> ShardFile:
-        if which not in self._files:
-            record = self.records[which]
-            file = ShardFile(Layout(self.root).shards / record.file, record, self.manifest)
-            self._files[which], self._group_ends[which] = file, list(accumulate(file.group_rows))
+    def _file(self, which: int) -> tuple[ShardFile, list[int]]:
+        if which in self._files:
+            self._files.move_to_end(which)
+            return self._files[which]
+        record = self.records[which]
+        file = ShardFile(Layout(self.root).shards / record.file, record, self.manifest)
+        self._files[which] = file, list(accumulate(file.group_rows))
+        if len(self._files) > MAX_FILES:
+            self._files.popitem(last=False)
         return self._files[which]
 
     def _group(self, which: int, group: int, columns: Columns) -> RowGroup:
@@ -139,7 +142,7 @@ class CacheReader:
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key]
-        rows = self._groups[key] = self._file(which).group(group, columns)
+        rows = self._groups[key] = self._file(which)[0].group(group, columns)
         self._held_bytes += rows.nbytes
         while len(self._groups) > 1 and self._held_bytes > self._memory_bytes:
             self._held_bytes -= self._groups.popitem(last=False)[1].nbytes

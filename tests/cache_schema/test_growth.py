@@ -11,6 +11,7 @@ import pytest
 
 from cache_schema.reader import CacheReader
 from cache_schema.schema import TEXT
+from cache_schema.shard import ShardFile
 from cache_schema.verify import verify
 
 OPENED = """
@@ -91,3 +92,17 @@ def test_nothing_grows_faster_than_the_cache(make_toy, tmp_path, monkeypatch, sh
             counts.setdefault(name, []).append(calls(run))
     for name, (few, many) in counts.items():
         assert many <= 4.1 * few, f"{name}: {few} calls for 20 examples, {many} for 80"
+
+
+def test_the_footers_kept_are_bounded(make_toy, tmp_path, monkeypatch):
+    opened = []
+    plain = ShardFile.__init__
+    monkeypatch.setattr(ShardFile, "__init__", lambda self, *a: opened.append(a) or plain(self, *a))
+    folder = make_toy(examples=6, shard_examples=1).build(tmp_path / "c")
+    for most, expected in ((6, 6), (3, 12)):
+        monkeypatch.setattr("cache_schema.reader.MAX_FILES", most)
+        opened.clear()
+        reader = CacheReader.open(folder, memory_bytes=1)
+        rows = [*reader.read(range(6)), *reader.read(range(6))]
+        assert [row.example_id for row in rows] == [f"toy-{i}" for i in range(6)] * 2
+        assert len(opened) == expected
