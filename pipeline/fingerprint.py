@@ -77,6 +77,7 @@ class Experiment:
                 "step": cache.step,
                 "codec": cache.codec,
                 "store_ids": cache.store_ids,
+                **({"sample_seed": cache.sample_seed} if cache.selector == "sampled" else {}),
             },
         }
 

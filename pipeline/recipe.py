@@ -84,6 +84,12 @@ class Recipe(Section):
                 f"arms.{name}: logit_mse and kl need a student with the teacher's tokenizer, and no student here is an "
                 "encoder-decoder; use uld"
             )
+        for loss in ("logit_mse", "uld"):
+            if getattr(arm, loss) > 0 and self.cache.selector == "sampled":
+                raise ValueError(
+                    f"arms.{name}: {loss} needs the teacher's largest logits, but cache.selector is sampled, which "
+                    "keeps drawn ones; use kl, or set cache.selector=topk (which makes another cache)"
+                )
         if arm.needs_ids and not self.cache.store_ids:
             raise ValueError(f"arms.{name}: logit_mse and kl need token ids; set cache.store_ids=true")
 

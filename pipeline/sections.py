@@ -76,8 +76,13 @@ class Cache(Section):
     """How the teacher's logits are stored: hashed, but for `dir`."""
 
     dir: str | None = Field(None, description="null: caches/<recipe name>-<fingerprint>")
-    selector: Literal["topk"] = Field("topk", description="which logits of a position are kept")
-    top_k: int = Field(256, ge=1, description="how many")
+    selector: Literal["topk", "sampled"] = Field(
+        "topk",
+        description="which logits of a position are kept. topk: the largest; sampled: those of ids drawn from the "
+        "teacher's softmax at the first of `temperatures`, an unbiased estimate of it, for kl alone",
+    )
+    top_k: int = Field(256, ge=1, description="how many; sampled: how many draws, and so at most as many ids")
+    sample_seed: int = Field(0, ge=0, description="sampled: seeds the draws of a position (hashed with sampled alone)")
     temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], description="those with exact normalisers")
     step: float = Field(0.015625, gt=0, description="quantisation step of a logit, a power of two")
     codec: Literal["fine"] = Field("fine", description="fine: every rank to step/2")
@@ -93,6 +98,8 @@ class Cache(Section):
             raise ValueError(f"step {self.step} is not a power of two (0.015625 is 2**-6)")
         if not self.temperatures or len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures {self.temperatures} must be one or more different numbers")
+        if self.selector == "sampled" and not self.store_ids:
+            raise ValueError("selector is sampled, whose draws mean nothing without ids; set cache.store_ids=true")
         return self
 
 
@@ -142,7 +149,9 @@ class Arm(Section):
 
     ce: float = Field(0.0, ge=0, description="cross-entropy with the answer")
     logit_mse: float = Field(0.0, ge=0, description="squared error to the teacher's logits at its top-K ids")
-    kl: float = Field(0.0, ge=0, description="forward KL on the top K and one tail bucket")
+    kl: float = Field(
+        0.0, ge=0, description="forward KL on the top K and one tail bucket; sampled: an estimate of the full one"
+    )
     uld: float = Field(0.0, ge=0, description="L1 distance of rank-ordered probabilities; vocabularies may differ")
     temperature: float = Field(1.0, gt=0, description="of kl and uld; must be one of cache.temperatures")
     alignment: Alignment | None = Field(None, description="of uld; null: train.alignment")

@@ -73,6 +73,7 @@ def fill(experiment: "Experiment", command: Sequence[str]) -> int:
             recipe.cache.step,
             recipe.runtime.batch_tokens,
             recipe.cache.store_ids,
+            recipe.cache.sample_seed if recipe.cache.selector == "sampled" else None,
         )
         with progress("stage 1", len(examples), "examples", done=len(examples) - len(todo)) as bar:
             run_shards(
@@ -135,6 +136,7 @@ def planned(experiment: "Experiment", command: Sequence[str]) -> "tuple[Manifest
             "rows": rows,
             **provenance(),
         },
+        selector=recipe.cache.selector,
         top_k=recipe.cache.top_k,
         vocab_size=vocab_size,
         temperatures=recipe.cache.temperatures,

@@ -20,7 +20,8 @@ from pipeline.data import Shots
 from pipeline.errors import UserError
 from pipeline.prompts import Encoded, PromptBuilder
 from pipeline.tasks import Example
-from stage1_teacher.teacher import Teacher, TeacherInput
+from stage1_teacher.sampling import sample, uniforms
+from stage1_teacher.teacher import FullLogitsTeacher, Teacher, TeacherInput
 from stage1_teacher.topk import TopK
 
 
@@ -35,6 +36,8 @@ class Capture:
     step: the quantisation step, in logits: a logit too far below the top one to be stored makes its position unusable.
     batch_tokens: own tokens of a batch, the encoder's and the decoder's, padding included.
     store_ids: whether rows carry the ids of their logits; without, they never leave the device.
+    sample_seed: draw `top_k` ids of every position with this seed instead of keeping the largest; the teacher has to
+    show its full logits for that.
     """
 
     teacher: Teacher
@@ -45,6 +48,7 @@ class Capture:
     step: float
     batch_tokens: int
     store_ids: bool = True
+    sample_seed: int | None = None
 
     def shard(
         self, examples: Sequence[Example], report: Callable[[int], None] = lambda done: None
@@ -116,10 +120,7 @@ class Capture:
         """One batch through the teacher and reduced to the CPU; halved for as long as memory runs out."""
         inputs = [job.input for job in batch]
         try:
-            chunks = [
-                _on_cpu(kept, self.store_ids)
-                for kept in self.teacher.top_k(inputs, context, self.top_k, self.temperatures)
-            ]
+            chunks = [_on_cpu(kept, self.store_ids) for kept in self._selected(batch, context)]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -135,6 +136,21 @@ class Capture:
         half = len(batch) // 2
         return self._run(batch[:half], context) + self._run(batch[half:], context)
 
+    def _selected(self, batch: "Sequence[_Job]", context: list[int]) -> Iterator[TopK]:
+        """All wanted rows of the batch, in order, in chunks of some rows: their largest logits, or drawn ones."""
+        inputs = [job.input for job in batch]
+        if self.sample_seed is None:
+            yield from self.teacher.top_k(inputs, context, self.top_k, self.temperatures)
+            return
+        assert isinstance(self.teacher, FullLogitsTeacher), "the recipe's check"
+        done, seed = 0, self.sample_seed
+        uniforms_NK = np.concatenate(
+            [uniforms(seed, job.example.task, job.example.id, job.input.rows, self.top_k) for job in batch]
+        )
+        for logits_NV in self.teacher.answer_logits(inputs, context):
+            yield sample(logits_NV, uniforms_NK[done : done + len(logits_NV)], self.temperatures)
+            done += len(logits_NV)
+
     def _row(self, job: "_Job", kept: TopK) -> CacheRow:
         """One example's cache row; positions beyond the window are filled with zeros and marked cut."""
         answer_ids = np.asarray(job.encoded.answer_ids, dtype=np.int32)
@@ -147,6 +163,7 @@ class Capture:
 
         logits, logsumexp = padded(kept.logits_NK), padded(kept.logsumexp_NT)
         token_ids = None if kept.token_ids_NK is None else padded(kept.token_ids_NK).astype(np.int32)
+        draws = None if kept.draws_NK is None else padded(kept.draws_NK).astype(np.int32)
         log_tail = None if kept.log_tail_NT is None else padded(kept.log_tail_NT)
         usable = usable_positions(logits[:, 0], logits, logsumexp, log_tail, self.step)[:read] & kept.finite_N.numpy()
         status[:read] = np.where(usable, Status.USABLE, Status.NOT_FINITE)
@@ -166,6 +183,7 @@ class Capture:
             token_ids=token_ids,
             logsumexp=logsumexp,
             log_tail=log_tail,
+            draws=draws,
         )
 
     @property
@@ -239,7 +257,8 @@ def run_shards(
 def _on_cpu(kept: TopK, with_ids: bool) -> TopK:
     ids = kept.token_ids_NK.cpu() if with_ids and kept.token_ids_NK is not None else None
     tail = None if kept.log_tail_NT is None else kept.log_tail_NT.cpu()
-    return TopK(kept.logits_NK.cpu(), ids, kept.logsumexp_NT.cpu(), tail, kept.finite_N.cpu())
+    draws = None if kept.draws_NK is None else kept.draws_NK.cpu()
+    return TopK(kept.logits_NK.cpu(), ids, kept.logsumexp_NT.cpu(), tail, kept.finite_N.cpu(), draws)
 
 
 def _split(chunks: Sequence[TopK], lengths: Sequence[int]) -> list[TopK]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TopK:
-    """N positions reduced to their K largest logits and exact normalisers.
+    """N positions reduced to K logits, the largest or drawn ones, and exact normalisers.
 
     logits_NK: raw logits, rank 0 first. token_ids_NK: their ids; equal logits, at the cut too, go by lower id; None
     once the capture loop, whose cache stores no ids, has let them go.
@@ -25,6 +25,7 @@ class TopK:
     logsumexp_NT: Tensor
     log_tail_NT: Tensor | None
     finite_N: Tensor
+    draws_NK: Tensor | None = None  # how often each id was drawn (`sampling.sample`); None for the largest
 
 
 def select_top_k(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> TopK:

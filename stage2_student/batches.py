@@ -21,7 +21,7 @@ from cache_schema.manifest import Manifest
 from cache_schema.reader import CacheReader
 from cache_schema.schema import ALL, RANKED, TEXT, AlignmentRow, CacheRow, Status, TextRow
 from pipeline.alignment import NONE, Positions, align
-from pipeline.errors import DataError, ModelError
+from pipeline.errors import DataError, ModelError, RunError
 from pipeline.models import tokenizer_digest
 from pipeline.prompts import Encoded, PromptBuilder
 from pipeline.sections import Alignment, Arm
@@ -38,6 +38,7 @@ class Teacher:
     logsumexp_N: Tensor  # float32, of logit / T over the full vocabulary, at the arm's temperature
     log_tail_N: Tensor | None  # float32, the same over the ids outside the top K; None when K = V
     usable_N: Tensor  # bool: there is a row for this position, and it is not quarantined
+    weights_NK: Tensor | None = None  # float32, of drawn ids, see `weights`; None where the largest logits were kept
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Collator:
 
     Only the columns that the arm's losses need are read. student_vocab: the width of the student's output. alignment:
     which row a position is compared with, where the student's tokenizer is not the teacher's (`pipeline.alignment`).
-    Raises ModelError unless the student of an arm that compares ids has the teacher's tokenizer.
+    Raises ModelError unless the student of an arm that compares ids has the teacher's tokenizer, RunError where the
+    cache keeps drawn ids and the arm needs the largest logits.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Collator:
         self.with_ids = arm.needs_ids
         self.columns = ALL if arm.needs_ids else RANKED if arm.needs_teacher else TEXT
         self.temperature_column = reader.manifest.temperatures.index(arm.temperature) if arm.has_temperature else 0
+        _check_selector(reader, arm)
         if arm.needs_ids:
             check_same_tokenizer(prompts.tokenizer, reader.manifest, student_vocab)
 
@@ -125,14 +128,22 @@ class Collator:
             return torch.from_numpy(np.concatenate([a[at.clip(0)] for a, at in zip(arrays, aligned, strict=True)]))
 
         tails = [row.log_tail for row in cached if row.log_tail is not None]
+        draws = [row.draws for row in cached if row.draws is not None]
+        slots = max((int((d > 0).sum(axis=1).max()) for d in draws), default=self.reader.manifest.top_k)  # none beyond
         usable = gathered(row.status == Status.USABLE for row in cached)
         return Teacher(
-            logits_NK=gathered(row.logits for row in cached),
-            ids_NK=gathered(_ids(row) for row in cached).long() if self.with_ids else None,
+            logits_NK=gathered(row.logits[:, :slots] for row in cached),
+            ids_NK=gathered(_ids(row)[:, :slots] for row in cached).long() if self.with_ids else None,
             logsumexp_N=gathered(row.logsumexp[:, self.temperature_column] for row in cached),
             log_tail_N=gathered(tail[:, self.temperature_column] for tail in tails) if tails else None,
             usable_N=usable & torch.from_numpy(np.concatenate(aligned) != NONE),
+            weights_NK=gathered(self._weights(row)[:, :slots] for row in cached) if draws else None,
         )
+
+    def _weights(self, row: CacheRow) -> np.ndarray[Any, Any]:
+        assert row.draws is not None
+        column, temperatures = self.temperature_column, self.reader.manifest.temperatures
+        return weights(row.draws, row.logits, row.logsumexp, temperatures, column)
 
     def _aligned(self, row: CacheRow, encoded: Encoded) -> Positions:
         """The row of the cache that each position of the student is compared with."""
@@ -167,6 +178,35 @@ def aligned_rows(row: AlignmentRow, encoded: Encoded, alignment: Alignment, same
     return align(alignment, row.answer_offsets, np.array(encoded.answer_offsets), same_tokens)
 
 
+def weights(
+    draws_NK: np.ndarray[Any, Any],
+    logits_NK: np.ndarray[Any, Any],
+    logsumexp_NT: np.ndarray[Any, Any],
+    temperatures: Sequence[float],
+    column: int,
+) -> np.ndarray[Any, Any]:
+    """[N, K] float32 d / K * p / p0 of drawn ids: its mean is p, the teacher at temperatures[column], at every id.
+
+    p0 is the teacher at temperatures[0], from which the ids were drawn (cache_schema/FORMAT.md, "Selectors").
+    """
+    share_NK: np.ndarray[Any, Any] = draws_NK.astype(np.float32) / draws_NK.shape[1]
+    if column == 0:
+        return share_NK
+    log_p0_NK, log_p_NK = (logits_NK / temperatures[i] - logsumexp_NT[:, i, None] for i in (0, column))
+    share_NK *= np.exp(log_p_NK - log_p0_NK)
+    return share_NK
+
+
+def _check_selector(reader: CacheReader, arm: Arm) -> None:
+    """Raise RunError where a loss would take drawn logits for the largest."""
+    needing = [loss for loss in ("logit_mse", "uld") if getattr(arm, loss) > 0]
+    if reader.manifest.sampled and needing:
+        raise RunError(
+            f"the cache at {reader.root} keeps drawn ids (selector sampled), but {' and '.join(needing)} of this arm "
+            "compare the teacher's largest logits; train with kl, or make another cache: --set cache.selector=topk"
+        )
+
+
 def has_teachers_tokenizer(prompts: PromptBuilder, manifest: Manifest) -> bool:
     """Whether a token id means the same to student and teacher."""
     return bool(tokenizer_digest(prompts.tokenizer) == manifest.identity["tokenizer"]["sha256"])
@@ -181,7 +221,8 @@ def check_same_tokenizer(tokenizer: Any, manifest: Manifest, student_vocab: int)
             f"made with (sha256 {theirs[:12]}), so a token id means another thing to each; logit_mse and kl need the "
             "teacher's tokenizer. Use a student that has it, or train this one with uld, which compares no ids"
         )
-    if manifest.top_k > student_vocab or (manifest.stores_tail and manifest.top_k == student_vocab):
+    inside = 0 if manifest.sampled else manifest.top_k + manifest.stores_tail
+    if inside > student_vocab:
         raise ModelError(
             f"the cache holds the top {manifest.top_k} of {manifest.vocab_size} logits, but the student's vocabulary "
             f"has {student_vocab} ids only; make a cache with a smaller cache.top_k, or use another student"

@@ -71,6 +71,32 @@ def kl(
     return temperature**2 * divergence_N.sum()
 
 
+def sampled_kl(
+    logits_NV: Tensor,
+    teacher_NK: Tensor,
+    ids_NK: Tensor,
+    weights_NK: Tensor,
+    logsumexp_N: Tensor,
+    usable_N: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Sum over positions of an unbiased estimate of T^2 * KL(p || q), in nats, over the *whole* vocabulary.
+
+        KL^ = sum_i w_i (log p_i - log q_i)            i over the drawn ids; w stands for all others too
+        p   = exp(teacher_i / T - logsumexp), exact    q = softmax(student / T)
+        w_i = d_i / K * p_i / p0_i                     E[w_i] = p_i: d_i of the K draws, which were made from p0
+
+    Sparse Logit Sampling (Anshumann et al. 2025, arXiv 2503.16870), with log p_i instead of their log w_i, which the
+    gradient does not see: so the value is unbiased too, and zero for a student that is the teacher. One
+    estimate may be negative. Its gradient, T (q sum_i w_i - w), has the full KL's as its mean; where student and
+    teacher agree it is the draws' noise, not zero. weights_NK is zero in a slot that no draw fell into.
+    """
+    student_NV = logits_NV if temperature == 1 else logits_NV / temperature
+    log_q_NK = (student_NV.gather(1, ids_NK) - student_NV.logsumexp(1, keepdim=True))[usable_N]
+    log_p_NK = (teacher_NK / temperature - logsumexp_N[:, None])[usable_N]
+    return temperature**2 * (weights_NK[usable_N] * (log_p_NK - log_q_NK)).sum()
+
+
 def uld(
     logits_NV: Tensor,
     teacher_NK: Tensor,

@@ -117,6 +117,9 @@ def _sum(component: str, logits_NV: Tensor, batch: Batch, chunk: slice, temperat
     if component == "logit_mse":
         return losses.logit_mse(logits_NV, logits_NK, ids_NK, usable_N)
     assert component == "kl", component
+    if teacher.weights_NK is not None:
+        weights_NK = teacher.weights_NK[chunk]
+        return losses.sampled_kl(logits_NV, logits_NK, ids_NK, weights_NK, logsumexp_N, usable_N, temperature)
     return losses.kl(logits_NV, logits_NK, ids_NK, logsumexp_N, tail_N, usable_N, temperature)
 
 
