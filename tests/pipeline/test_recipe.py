@@ -68,6 +68,8 @@ def test_the_published_settings_of_universal_logit_distillation():
         ("cache.store_ids=false", "need token ids; set cache.store_ids=true"),
         ("eval.select=held_out", "data.held_out is 0"),
         ("teacher.shots=0", "few_shot, but teacher.shots is 0"),
+        ("runtime.tensor_parallel=2", r"teacher\.engine is hf, which splits no layer; --set teacher\.engine=vllm"),
+        ("runtime.device_map=auto", r"takes every GPU, but runtime\.device is cpu"),
         ("name=../elsewhere", r"name: .*found '\.\./elsewhere'"),
         ("arms.distil.ce=2.0", r"unknown arm 'distil'\. Did you mean 'distill'\?.*give it whole: --set 'arms\.distil="),
         ("students.tony.dtype=bfloat16", r"unknown student 'tony'\. Did you mean 'toy'\?"),
@@ -81,6 +83,23 @@ def test_what_is_wrong_is_named(tmp_path, override, words):
     path = toys.tiny_recipe(tmp_path)
     with pytest.raises(RecipeError, match=words):
         load_recipe(str(path), [override])
+
+
+@pytest.mark.parametrize(
+    ("key", "found", "served"),
+    [
+        ("teacher.kind", "seq2seq", "causal"),
+        ("teacher.quantization", "nf4", "none"),
+        ("cache.selector", "sampled", "topk"),
+        ("runtime.device_map", "auto", "null"),
+    ],
+)
+def test_what_vllm_does_not_serve_is_refused(tmp_path, key, found, served):
+    path = toys.tiny_recipe(tmp_path, runtime={"device": "auto"}, arms={"distill": None})
+    override = f"{key}={found}"
+    assert load_recipe(str(path), [override]).teacher.engine == "hf"
+    with pytest.raises(RecipeError, match=rf"serves {key}={served} only, found {found}; --set teacher\.engine=hf"):
+        load_recipe(str(path), ["teacher.engine=vllm", override])
 
 
 @pytest.mark.parametrize(
