@@ -5,6 +5,7 @@ import toys
 import yaml
 
 from pipeline.errors import RecipeError
+from pipeline.fingerprint import Experiment
 from pipeline.recipe import Recipe, describe_keys, load_recipe, recipe_names
 
 
@@ -126,6 +127,30 @@ def test_an_encoder_decoders_ids_are_not_stored_unless_asked_for(tmp_path):
     for ids in ("true", "false"):
         with pytest.raises(RecipeError, match=r"no student here is an encoder-decoder; use uld"):
             load_recipe(path, ["teacher.kind=seq2seq", f"cache.store_ids={ids}"])
+
+
+def test_drawn_ids_are_for_kl_alone(tmp_path):
+    path = str(toys.tiny_recipe(tmp_path))
+    sampled, kl = ["cache.selector=sampled"], "arms.distill={ce: 1.0, kl: 1.0}"
+    assert load_recipe(path, [*sampled, kl]).cache.selector == "sampled"
+    for arm, loss in (("{kl: 1.0, logit_mse: 0.5}", "logit_mse"), ("{uld: 1.0}", "uld")):
+        with pytest.raises(RecipeError, match=rf"arms.distill: {loss} needs .* set cache.selector=topk"):
+            load_recipe(path, [*sampled, f"arms.distill={arm}"])
+    with pytest.raises(RecipeError, match=r"draws mean nothing without ids; set cache\.store_ids=true"):
+        load_recipe(path, [*sampled, kl, "cache.store_ids=false"])
+    with pytest.raises(RecipeError, match=r"teacher.engine is vllm, which serves cache.selector=topk only"):
+        load_recipe(path, [*sampled, kl, "teacher.engine=vllm"])
+
+
+def test_the_seed_of_the_draws_is_identity_where_there_are_any(tmp_path):
+    path, kl = str(toys.tiny_recipe(tmp_path)), "arms.distill={kl: 1.0}"
+
+    def fingerprint(*overrides):
+        return Experiment(load_recipe(path, [kl, *overrides])).fingerprint
+
+    assert fingerprint() == fingerprint("cache.sample_seed=3")
+    drawn = [fingerprint("cache.selector=sampled", f"cache.sample_seed={seed}") for seed in (0, 3)]
+    assert len({fingerprint(), *drawn}) == 3
 
 
 def test_missing_sections_and_files(tmp_path):

@@ -12,7 +12,7 @@ import toys
 
 from cache_schema.reader import CacheReader
 from cache_schema.schema import CacheRow, Status
-from pipeline.errors import DataError, ModelError
+from pipeline.errors import DataError, ModelError, RunError
 from pipeline.fingerprint import Experiment
 from pipeline.models import ModelSource, load_tokenizer
 from pipeline.prompts import PromptBuilder
@@ -77,6 +77,38 @@ def test_teacher_rows_lie_beside_their_labels(tmp_path: Path) -> None:
         "ce": len(batch.labels_N),  # the text of a quarantined position is known all the same
         **dict.fromkeys(("logit_mse", "kl", "uld"), usable),
     }
+
+
+SAMPLED = {"selector": "sampled", "top_k": 24, "temperatures": [0.1, 1.0]}
+KL = {"distill": {"logit_mse": 0.0, "kl": 1.0}}
+
+
+@pytest.mark.parametrize(("temperature", "column"), [(0.1, 0), (1.0, 1)])
+def test_drawn_ids_are_weighed_and_empty_slots_left_out(tmp_path: Path, temperature: float, column: int) -> None:
+    reader = opened(tmp_path, cache=SAMPLED, arms=KL)
+    rows = reader.read([5, 1])
+    arm = Arm(kl=1.0, temperature=temperature)
+    teacher = Collator(reader, prompts_of(tmp_path / "model"), 320, arm, "boundary").collate(rows).teacher
+    draws = np.concatenate([row.draws for row in rows])
+    slots = int((draws > 0).sum(axis=1).max())
+    assert teacher.weights_NK.shape == teacher.ids_NK.shape == teacher.logits_NK.shape == (len(draws), slots)
+    assert slots < 24 and teacher.log_tail_N is None and not draws[:, slots:].any()
+    logits, sums = (np.concatenate([getattr(row, name) for row in rows]) for name in ("logits", "logsumexp"))
+    p0, p = (np.exp(logits / t - sums[:, i, None]) for i, t in enumerate((0.1, 1.0)))
+    expected = draws / 24 * (p / p0 if column else 1)
+    np.testing.assert_allclose(teacher.weights_NK.numpy(), expected[:, :slots], rtol=1e-5)
+    assert torch.equal(teacher.logsumexp_N, torch.from_numpy(sums[:, column]))
+
+
+@pytest.mark.parametrize("arm", [Arm(logit_mse=0.5), Arm(ce=1.0, uld=0.5, kl=1.0)])
+def test_a_cache_of_drawn_ids_is_refused_where_the_largest_are_needed(tmp_path: Path, arm: Arm) -> None:
+    reader, prompts = opened(tmp_path, cache=SAMPLED, arms=KL), prompts_of(tmp_path / "model")
+    loss = "logit_mse" if arm.logit_mse else "uld"
+    with pytest.raises(
+        RunError, match=rf"cache at {reader.root} keeps drawn ids .*{loss} .* --set cache.selector=topk"
+    ):
+        Collator(reader, prompts, 320, arm, "boundary")
+    Collator(reader, prompts, 23, Arm(kl=1.0), "boundary")  # fewer ids than draws: each row's ids are checked instead
 
 
 @pytest.mark.parametrize(

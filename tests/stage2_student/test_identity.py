@@ -99,8 +99,8 @@ def setting(tmp_path: Path, dtype: str, count: int = 5, arm: Arm = ARM, **overri
 def shifted(batch: Batch) -> Batch:
     """The control: every row of the teacher one answer token too late."""
     teacher = batch.teacher
-    assert teacher is not None and teacher.log_tail_N is not None
-    names = ("logits_NK", "ids_NK", "logsumexp_N", "log_tail_N")
+    assert teacher is not None
+    names = ("logits_NK", "ids_NK", "logsumexp_N", "log_tail_N", "weights_NK")
     rolled = {n: values.roll(1, 0) for n in names if (values := getattr(teacher, n)) is not None}
     return replace(batch, teacher=replace(teacher, **rolled))
 
@@ -120,6 +120,21 @@ def check(made: Setting) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_teacher_that_is_the_student_costs_nothing(tmp_path: Path, dtype: str) -> None:
     check(setting(tmp_path, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drawn_ids_of_a_teacher_that_is_the_student_cost_nothing(tmp_path: Path, dtype: str) -> None:
+    """Whatever was drawn: log p - log q is zero at every id."""
+    cache = {"selector": "sampled", "top_k": 24, "step": STEP}
+    made = setting(tmp_path, dtype, arm=Arm(kl=1.0), cache=cache, arms={"distill": {"logit_mse": 0.0, "kl": 1.0}})
+    for padding in ("right", "left"):
+        batch = made.collator.collate(made.rows, padding)  # type: ignore[arg-type]
+        kl, of_shifted = (
+            made.student.backward(b, {"kl": 1.0}, b.counts(), 1.0, 20 * made.student.vocab_size).item()
+            for b in (batch, shifted(batch))
+        )
+        assert abs(kl) <= made.bound / 10
+        assert of_shifted > 0.1
 
 
 @pytest.mark.parametrize("thinking", [False, True, None])

@@ -1,5 +1,7 @@
 """The losses against full-vocabulary references in float64 NumPy, and their gradients against finite differences."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,69 @@ def test_kl_is_stable_where_the_tail_is_nothing() -> None:
     assert student.grad.isfinite().all() and student.grad.abs().max() < 1e-6
 
 
+def drawn(count: int, temperatures: tuple[float, ...], seeds: range, spread: float = 2.0) -> tuple[Array, Array, Any]:
+    """Student and teacher logits [1, V], and the arguments of the sampled loss, a row for each seed of the draws."""
+    student, teacher = np.random.default_rng(5).normal(0, spread, (2, 1, V))
+    u = np.stack([np.random.default_rng(seed).random(count) for seed in seeds])
+    kept = toys.drawn(teacher.astype(np.float32).repeat(len(u), 0), u, temperatures)
+    column = len(temperatures) - 1
+    scaled = [kept["logits"] / np.float64(t) - kept["logsumexp"][:, i, None] for i, t in enumerate(temperatures)]
+    return (
+        student,
+        teacher,
+        {
+            "teacher_NK": torch.from_numpy(kept["logits"]).double(),
+            "ids_NK": torch.from_numpy(kept["token_ids"]).long(),
+            "weights_NK": torch.from_numpy(kept["draws"] / count * np.exp(scaled[column] - scaled[0])),
+            "logsumexp_N": torch.from_numpy(kept["logsumexp"][:, column]).double(),
+            "usable_N": torch.ones(len(u), dtype=torch.bool),
+        },
+    )
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), (1.0, 2.0), (2.0, 1.0)])
+def test_sampled_kl_and_its_gradient_have_the_full_ones_as_their_mean(temperatures: tuple[float, ...]) -> None:
+    """Over 4,000 draws of 6 ids: drawn at the loss's temperature and at another, within 4.5 standard errors at each of
+    13 numbers. The largest 6 with no others are further off, and some weights are of ids outside them."""
+    temperature = temperatures[-1]
+    student, teacher, cached = drawn(6, temperatures, range(4000))
+    logits = torch.from_numpy(student).repeat(4000, 1).requires_grad_()
+    values = []
+    for n in range(4000):  # one position at a time: the loss is a sum
+        one = {name: value[n : n + 1] for name, value in cached.items()}
+        values.append(losses.sampled_kl(logits[n : n + 1], temperature=temperature, **one))
+    torch.stack(values).sum().backward()
+    found = np.column_stack([torch.stack(values).detach().numpy(), logits.grad.numpy()])
+    p, q = (softmax(side[0] / temperature) for side in (teacher, student))
+    exact = np.append(temperature**2 * (p * np.log(p / q)).sum(), temperature * (q - p))
+    error = found.std(axis=0) / np.sqrt(4000)
+    assert (np.abs(found.mean(axis=0) - exact) < 4.5 * error + 1e-6).all()
+    top = np.argsort(-teacher[0])[:6]
+    cut = temperature**2 * (p[top] / p[top].sum() * np.log(p[top] / p[top].sum() / q[top])).sum()
+    assert abs(cut - exact[0]) > 8 * error[0] and error[0] < 0.05
+    assert (cached["weights_NK"][~np.isin(cached["ids_NK"], top)] > 0).any()
+
+
+def test_sampled_kl_is_zero_at_the_teacher_whatever_was_drawn() -> None:
+    _, teacher, cached = drawn(6, (1.0, 2.0), range(50))
+    at_teacher = torch.from_numpy(teacher.astype(np.float32)).double().repeat(50, 1)
+    assert losses.sampled_kl(at_teacher, temperature=2.0, **cached).item() == pytest.approx(0, abs=1e-5)
+    assert losses.sampled_kl(at_teacher.roll(1, 1), temperature=2.0, **cached).item() > 50
+
+
+def test_slots_without_draws_are_not_read() -> None:
+    student, _, cached = drawn(6, (1.0,), range(8))
+    logits = torch.from_numpy(student).repeat(8, 1)
+    used = cached["weights_NK"] > 0
+    assert not used.all()
+    other = cached | {
+        "ids_NK": cached["ids_NK"].where(used, 7),
+        "teacher_NK": cached["teacher_NK"].where(used, torch.tensor(3.0)),
+    }
+    found, expected = (losses.sampled_kl(logits, temperature=1.0, **c).item() for c in (other, cached))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
 def ranked(cached: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the rank-ordered loss takes of a cache: everything but the ids."""
     return {name: value for name, value in cached.items() if name != "ids_NK"}
@@ -210,18 +275,22 @@ def call(component: str, logits: Tensor, cached: dict[str, Tensor], temperature:
         return losses.kl(logits, temperature=temperature, **cached)
     if component == "uld":
         return losses.uld(logits, temperature=temperature, **ranked(cached))
+    if component == "sampled_kl":
+        inputs = {name: value for name, value in cached.items() if name != "log_tail_N"}
+        weights = torch.linspace(1, 0, cached["ids_NK"].shape[1], dtype=torch.float64).expand(cached["ids_NK"].shape)
+        return losses.sampled_kl(logits, temperature=temperature, weights_NK=weights, **inputs)
     return losses.logit_mse(logits, cached["teacher_NK"], cached["ids_NK"], cached["usable_N"])
 
 
 @pytest.mark.parametrize("k", [K, V])
-@pytest.mark.parametrize("component", ["ce", "logit_mse", "kl", "uld"])
+@pytest.mark.parametrize("component", ["ce", "logit_mse", "kl", "sampled_kl", "uld"])
 def test_gradients(component: str, k: int) -> None:
     student, _, cached = example(k, temperature=1.7, spread=1.0)
     logits = torch.from_numpy(student).requires_grad_()
     assert torch.autograd.gradcheck(lambda values: call(component, values, cached, 1.7), logits)
 
 
-@pytest.mark.parametrize("component", ["logit_mse", "kl", "uld"])
+@pytest.mark.parametrize("component", ["logit_mse", "kl", "sampled_kl", "uld"])
 def test_unusable_positions_are_not_read(component: str) -> None:
     """NaN in the numbers of a quarantined position reaches neither the sum nor a gradient."""
     student, _, cached = example()
@@ -248,7 +317,7 @@ def test_unusable_positions_are_not_read(component: str) -> None:
     assert nothing == 0 and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("component", ["logit_mse", "kl", "uld"])
+@pytest.mark.parametrize("component", ["logit_mse", "kl", "sampled_kl", "uld"])
 def test_sums_over_chunks_add_up(component: str) -> None:
     student, _, cached = example()
     whole = call(component, torch.from_numpy(student), cached)
@@ -259,7 +328,7 @@ def test_sums_over_chunks_add_up(component: str) -> None:
     assert sum(parts).item() == pytest.approx(whole.item())
 
 
-@pytest.mark.parametrize("component", ["logit_mse", "kl", "uld"])
+@pytest.mark.parametrize("component", ["logit_mse", "kl", "sampled_kl", "uld"])
 def test_rows_shifted_by_one_do_not_vanish(component: str) -> None:
     """The control of the alignment: the teacher's own logits are a perfect student, one place on they are not."""
     _, teacher, cached = example()

@@ -259,6 +259,7 @@ def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Pat
     manifest = Manifest.create(
         identity=experiment.identity,
         provenance={"recipe": recipe.name},
+        selector=cache.selector,
         top_k=cache.top_k,
         vocab_size=model.config.vocab_size,
         temperatures=cache.temperatures,
@@ -274,7 +275,11 @@ def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Pat
         shots = experiment.training_set.shots.of(example)
         encoded = experiment.teacher_prompts.encode(example.prompt, example.answer, shots)
         logits_NV = answer_logits(model, encoded)
-        numbers = top_k(logits_NV, cache.top_k, cache.temperatures)
+        if cache.selector == "sampled":
+            u_NK = np.random.default_rng([cache.sample_seed, len(rows)]).random((len(logits_NV), cache.top_k))
+            numbers = drawn(logits_NV, u_NK, cache.temperatures)
+        else:
+            numbers = top_k(logits_NV, cache.top_k, cache.temperatures)
         row = CacheRow(
             example_id=example.id,
             task=example.task,
@@ -332,6 +337,24 @@ def top_k(logits_NV: Any, k: int, temperatures: Sequence[float]) -> dict[str, An
         "logsumexp": log_sums(exact_NV),
         "log_tail": log_sums(outside_NV) if k < logits_NV.shape[1] else None,
     }
+
+
+def drawn(logits_NV: Any, u_NK: Any, temperatures: Sequence[float]) -> dict[str, Any]:
+    """The cached numbers of one id from each of K slices of the cumulative softmax at temperatures[0], as u decides."""
+    vocab_size, k = logits_NV.shape[1], u_NK.shape[1]
+    every = top_k(logits_NV, vocab_size, temperatures)  # all ids by rank
+    scaled_NV = logits_NV.astype(np.float64) / temperatures[0]
+    cumulative_NV = np.exp(scaled_NV - scaled_NV.max(1, keepdims=True)).cumsum(1)
+    token_ids, draws, logits = (np.zeros(u_NK.shape, kind) for kind in (np.int32, np.int32, np.float32))
+    for n, (cumulative_V, u_K) in enumerate(zip(cumulative_NV, u_NK, strict=True)):
+        ids = np.searchsorted(cumulative_V, (np.arange(k) + u_K) / k * cumulative_V[-1], side="right")
+        times_V = np.bincount(ids, minlength=vocab_size)
+        slots = [int(i) for i in every["token_ids"][n] if times_V[i]]
+        token_ids[n, : len(slots)], draws[n, : len(slots)] = slots, times_V[slots]
+        logits[n] = logits_NV[n, slots[-1]]
+        logits[n, : len(slots)] = logits_NV[n, slots]
+    numbers = {"top_logit": logits[:, 0].copy(), "logits": logits, "token_ids": token_ids, "draws": draws}
+    return every | numbers | {"log_tail": None}
 
 
 def _merged(tree: Mapping[str, Any], overrides: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
