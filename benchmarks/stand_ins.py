@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,21 +118,21 @@ PAIRS = {
     "pythia-410m": _taught_by_t5("pythia-410m", "gpt-neox-20b"),
     "smollm-360m": _taught_by_t5("smollm-360m", "smollm2"),
 }
-ON_CPU, ON_GPU = ["pocket", "mid"], ["qwen3-1.7b", "gpt2-medium", "pythia-410m", "smollm-360m"]
+MEASURED = {"cpu": ("pocket", "mid"), "cuda": ("qwen3-1.7b", "gpt2-medium", "pythia-410m", "smollm-360m")}
 
 
-def arguments(doc: str | None, models: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options that the benchmarks share. `models`: those measured unless given, else by the device."""
+def arguments(doc: str | None, models: Mapping[str, Sequence[str]] = MEASURED, rounds: int = 5) -> argparse.Namespace:
+    """The options that the benchmarks share. `models`: by device, those measured unless others are given."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--model", nargs="+", choices=PAIRS, metavar="NAME", help=f"of {', '.join(PAIRS)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, help="real texts and tokenizers; LOGITBANK_DATA unless given")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where models and caches are made")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.data = args.data or (Path(os.environ["LOGITBANK_DATA"]) if os.environ.get("LOGITBANK_DATA") else None)
-    args.model = args.model or list(models or (ON_GPU if args.device == "cuda" else ON_CPU))
+    args.model = args.model or list(models[args.device])
     return args
 
 
