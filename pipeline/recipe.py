@@ -90,6 +90,12 @@ class Recipe(Section):
                     f"arms.{name}: {loss} needs the teacher's largest logits, but cache.selector is sampled, which "
                     "keeps drawn ones; use kl, or set cache.selector=topk (which makes another cache)"
                 )
+        drawn_at = self.cache.temperatures[0]
+        if arm.kl > 0 and self.cache.selector == "sampled" and arm.temperature > drawn_at:
+            raise ValueError(
+                f"arms.{name}.temperature is {arm.temperature}, but ids are drawn at {drawn_at}, the first of "
+                "cache.temperatures: what a flatter distribution needs is hardly ever drawn; put the largest first"
+            )
         if arm.needs_ids and not self.cache.store_ids:
             raise ValueError(f"arms.{name}: logit_mse and kl need token ids; set cache.store_ids=true")
 

@@ -83,7 +83,9 @@ class Cache(Section):
     )
     top_k: int = Field(256, ge=1, description="how many; sampled: how many draws, and so at most as many ids")
     sample_seed: int = Field(0, ge=0, description="sampled: seeds the draws of a position (hashed with sampled alone)")
-    temperatures: list[Annotated[float, Field(gt=0)]] = Field([1.0], description="those with exact normalisers")
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
+        [1.0], description="those with exact normalisers; sampled: ids are drawn at the first, the largest in use"
+    )
     step: float = Field(0.015625, gt=0, description="quantisation step of a logit, a power of two")
     codec: Literal["fine"] = Field("fine", description="fine: every rank to step/2")
     store_ids: bool = Field(

@@ -136,6 +136,13 @@ def test_drawn_ids_are_for_kl_alone(tmp_path):
     for arm, loss in (("{kl: 1.0, logit_mse: 0.5}", "logit_mse"), ("{uld: 1.0}", "uld")):
         with pytest.raises(RecipeError, match=rf"arms.distill: {loss} needs .* set cache.selector=topk"):
             load_recipe(path, [*sampled, f"arms.distill={arm}"])
+    for temperatures, refused in (("[1.0, 2.0]", True), ("[2.0, 1.0]", False)):
+        flatter = [*sampled, f"cache.temperatures={temperatures}", "arms.distill={kl: 1.0, temperature: 2.0}"]
+        if refused:
+            with pytest.raises(RecipeError, match=r"distill\.temperature is 2\.0, but ids are drawn at 1\.0"):
+                load_recipe(path, flatter)
+        else:
+            assert load_recipe(path, flatter).arms["distill"].temperature == 2.0
     with pytest.raises(RecipeError, match=r"draws mean nothing without ids; set cache\.store_ids=true"):
         load_recipe(path, [*sampled, kl, "cache.store_ids=false"])
     with pytest.raises(RecipeError, match=r"teacher.engine is vllm, which serves cache.selector=topk only"):

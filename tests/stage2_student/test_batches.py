@@ -80,7 +80,7 @@ def test_teacher_rows_lie_beside_their_labels(tmp_path: Path) -> None:
 
 
 SAMPLED = {"selector": "sampled", "top_k": 24, "temperatures": [0.1, 1.0]}
-KL = {"distill": {"logit_mse": 0.0, "kl": 1.0}}
+KL = {"distill": {"logit_mse": 0.0, "kl": 1.0, "temperature": 0.1}}
 
 
 @pytest.mark.parametrize(("temperature", "column"), [(0.1, 0), (1.0, 1)])
