@@ -241,6 +241,6 @@ class Runtime(Section):
     )
     tensor_parallel: int = Field(1, ge=1, description="stage 1 on vllm: GPUs that share every layer of the teacher")
     batch_tokens: int = Field(
-        16384, ge=1, description="stage 1: padded tokens in a batch, encoder's and decoder's; not the shared context"
+        4096, ge=1, description="stage 1: padded tokens in a batch, encoder's and decoder's; not the shared context"
     )
     processes: int = Field(1, ge=1, description="stage 2: processes (one a GPU), started through torchrun when above 1")
