@@ -105,6 +105,47 @@ def test_a_split_character_has_one_boundary(plain):
     assert ends.count(2) > 1  # the emoji's bytes share their end; only the last of them is a boundary
 
 
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(["<|end|>", "<|start|>user", "\n", " "])
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompts=st.lists(TEXTS, min_size=2, max_size=4), shots=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
+def test_worked_examples_that_are_remembered_change_no_token(plain, chat, prompts, shots):
+    """The first prompt behind some worked examples is read whole; from the second on, they are not read again."""
+    shots = [Example(f"s/{i}", "gsm8k", *texts) for i, texts in enumerate(shots)]
+    for builder in (plain, chat):
+        for prompt in prompts:
+            builder._shots.clear()
+            whole = builder.prompt_ids(prompt, shots)
+            assert [builder.prompt_ids(prompt, shots) for _ in range(2)] == [whole] * 2
+
+
+def test_worked_examples_are_read_once(plain, chat, monkeypatch):
+    for builder, marker in ((plain, "1 + 1?"), (chat, "<|start|>user\n1 + 1?")):
+        builder._shots.clear()
+        read = []
+        tokens = builder._tokens
+        monkeypatch.setattr(
+            builder, "_tokens", lambda text, tokens=tokens, read=read: read.append(text) or tokens(text)
+        )
+        for i in range(3):
+            builder.prompt_ids(f"What is {i}?", SHOTS)
+        before = len(read)
+        builder.prompt_ids("And now?", SHOTS)
+        assert len(read) == before + 1 and "And now?" in read[-1] and not any(marker in text for text in read[before:])
+
+
+def test_worked_examples_are_read_whole_where_nothing_special_parts_them(tmp_path):
+    """A template without special tokens: what follows could merge with what stands before."""
+    tokenizer = toys.tiny_tokenizer(tmp_path, chat=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    builder = PromptBuilder(tokenizer)
+    for _ in range(3):
+        ids = builder.prompt_ids("Why?", SHOTS)
+    assert ids == builder._tokens("".join(f"{s.prompt}{s.answer}" for s in SHOTS) + "Why?")
+    assert builder._read_before(SHOTS)[0] is None
+
+
 def test_text_stops_at_the_end_and_drops_special_tokens(plain):
     ids = plain.encode("?", "It is 4.").answer_ids
     assert plain.text([*ids, *ids]) == "It is 4."
