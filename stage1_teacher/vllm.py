@@ -9,7 +9,8 @@ Shape suffixes: N answer rows, V vocabulary, K ranks, C columns.
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,9 @@ from pipeline.errors import ModelError, first_line
 from pipeline.models import load_config, locate, window_of
 from pipeline.recipe import Recipe
 from pipeline.vllm import import_vllm
+from stage1_teacher.teacher import TeacherInput
+from stage1_teacher.topk import TopK
 from stage1_teacher.vllm_worker import columns, unpack
-
-if TYPE_CHECKING:
-    from stage1_teacher.teacher import TeacherInput
-    from stage1_teacher.topk import TopK
 
 _MAX_SEQUENCES = 128  # in one step: of each, one row of logits to sample from
 _STEP_LOGITS = 2**28  # the most logits of a step, 1 GiB of float32: vLLM computes a sequence's rows all at once
@@ -41,6 +40,11 @@ class VLLMTeacher:
 
     def __init__(self, recipe: Recipe, longest: int) -> None:
         vllm, on_cpu = import_vllm("teacher.engine", "stage1_teacher", recipe.runtime.device)
+        if not vllm.__version__.startswith("0.32."):
+            raise ModelError(
+                f"teacher.engine is vllm, but vLLM {vllm.__version__} is installed here; expected 0.32, whose workers "
+                "this project knows how to ask: pip install 'logitbank[vllm]', or --set teacher.engine=hf"
+            )
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # reduces rows elsewhere than in the sampler
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # a full window and the one token that must be sampled
         source = locate(recipe.teacher.model, recipe.teacher.revision)
@@ -88,44 +92,47 @@ class VLLMTeacher:
         return {"vllm": self._probe | {"tokens_read": self._read, "tokens_from_prefix_cache": self._found}}
 
     def top_k(
-        self, batch: "Sequence[TeacherInput]", context_ids: Sequence[int], k: int, temperatures: Sequence[float]
-    ) -> "Iterator[TopK]":
+        self, batch: Sequence[TeacherInput], context_ids: Sequence[int], k: int, temperatures: Sequence[float]
+    ) -> Iterator[TopK]:
         """See Teacher. k and temperatures are the recipe's, which the workers know."""
         assert (k, tuple(temperatures)) == (self._k, self._temperatures), "the workers were told otherwise"
-        outputs = self._generate([item.input_ids[:-1] for item in batch], whole=not context_ids)
+        outputs = self._generate(batch, whole=not context_ids)
         found_too_much = [i for i, item in enumerate(batch) if outputs[i].num_cached_tokens > item.first_row]
         if found_too_much:
-            again = self._generate([batch[i].input_ids[:-1] for i in found_too_much], whole=True)
+            again = self._generate([batch[i] for i in found_too_much], whole=True)
             for i, output in zip(found_too_much, again, strict=True):
                 outputs[i] = output
         for item, output in zip(batch, outputs, strict=True):
             yield self._rows(item, output)
 
-    def _generate(self, prompts: Sequence[Sequence[int]], whole: bool) -> list[Any]:
-        """One output a prompt, with the rows of all its tokens; those of what the prefix cache had are undefined.
+    def _generate(self, batch: Sequence[TeacherInput], whole: bool) -> list[Any]:
+        """One output a sequence, with its wanted rows; those of what the prefix cache had are undefined.
 
         whole: leave the prefix cache unread, so that there are none of these.
         """
-        sampling = self._vllm.SamplingParams(
-            temperature=0.0,
-            max_tokens=1,  # vLLM must sample one; it is thrown away
-            prompt_logprobs=self._columns,
-            logprobs=self._columns,
-            flat_logprobs=True,
-            detokenize=False,
-            skip_reading_prefix_cache=whole,
-        )
-        outputs: list[Any] = self._llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False
-        )
-        self._read += sum(map(len, prompts))
+        sampling = [
+            self._vllm.SamplingParams(
+                temperature=0.0,
+                max_tokens=1,  # vLLM must sample one; it is thrown away
+                prompt_logprobs=self._columns,
+                logprobs=self._columns,
+                flat_logprobs=True,
+                detokenize=False,
+                skip_reading_prefix_cache=whole,
+                extra_args={"first_row": item.first_row},
+            )
+            for item in batch
+        ]
+        prompts = [{"prompt_token_ids": item.input_ids[:-1]} for item in batch]
+        outputs: list[Any] = self._llm.generate(prompts, sampling, use_tqdm=False)
+        self._read += sum(len(item.input_ids) - 1 for item in batch)
         self._found += sum(output.num_cached_tokens for output in outputs)
         return outputs
 
-    def _rows(self, item: "TeacherInput", output: Any) -> "TopK":
+    def _rows(self, item: TeacherInput, output: Any) -> TopK:
         """The wanted rows of one sequence. Raises ModelError where they do not predict its tokens."""
         sampled = output.outputs[0]
-        ids_NC, values_NC = entries(output.prompt_logprobs, sampled.logprobs, item.first_row + 1, 1 + self._columns)
+        ids_NC, values_NC = entries(output.prompt_logprobs, sampled.logprobs, 1 + self._columns)
         kept = unpack(ids_NC, values_NC, self._k, len(self._temperatures), self.vocab_size)
         predicted = [*item.input_ids[item.first_row + 1 : -1], sampled.token_ids[0]]
         if kept is None or ids_NC[:, 0].tolist() != predicted:
@@ -142,8 +149,6 @@ class VLLMTeacher:
         Before July 2026 vLLM answered `prompt_logprobs` with log-probabilities whatever it was asked for. They differ
         from logits by each row's logsumexp.
         """
-        from stage1_teacher.teacher import TeacherInput
-
         ids = [i % self.vocab_size for i in range(1, min(8, readable) + 2)]
         self._llm.collective_rpc("watch_head")
         (kept,) = self.top_k([TeacherInput(ids, 0)], [], self._k, self._temperatures)
@@ -170,7 +175,8 @@ class VLLMTeacher:
         """Read one prompt twice, say what was computed again, and return it with the engine's version."""
         block = int(self._llm.llm_engine.vllm_config.cache_config.block_size)
         prompt = [i % self.vocab_size for i in range(2, 2 + min(2 * block + 1, readable))]
-        found = [self._generate([prompt], whole)[0].num_cached_tokens for whole in (False, True, False)]
+        again = TeacherInput([*prompt, 0], 0)
+        found = [self._generate([again], whole)[0].num_cached_tokens for whole in (False, True, False)]
         self._read = self._found = 0
         print(
             f"vLLM {self._vllm.__version__}: of a prompt of {len(prompt)} tokens that it had read before, "
@@ -185,14 +191,13 @@ class VLLMTeacher:
         }
 
 
-def entries(prompt: Any, sampled: Any, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """(ids, values) [entries, width] of two of vLLM's FlatLogprobs, the first from entry `start` on.
+def entries(prompt: Any, sampled: Any, width: int) -> tuple[Tensor, Tensor]:
+    """(ids, values) [entries, width] of two of vLLM's FlatLogprobs, those of a prompt and that of the token after it.
 
-    Entry i of prompt_logprobs predicts token i; entry 0 is empty. Entries of other widths give no rows.
+    The prompt's first position, which nothing predicts, has none. Entries of another width give no rows.
     """
-    begin = prompt.start_indices[start] if start < len(prompt.start_indices) else len(prompt.token_ids)
-    ids = [*prompt.token_ids[begin:], *sampled.token_ids]
-    values = [*prompt.logprobs[begin:], *sampled.logprobs]
-    if len(ids) % width:
+    ids, values = [*prompt.token_ids, *sampled.token_ids], [*prompt.logprobs, *sampled.logprobs]
+    spans = [(*flat.start_indices, len(flat.token_ids)) for flat in (prompt, sampled)]
+    if {end - begin for span in spans for begin, end in pairwise(span)} - {0, width}:
         ids, values = [], []
     return torch.tensor(ids, dtype=torch.long).view(-1, width), torch.tensor(values).view(-1, width)

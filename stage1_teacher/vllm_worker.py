@@ -8,9 +8,12 @@ row has columns gets
     id       the target  the K ids       V + 0, V + 1, ...
     value    its score   the K scores    logsumexp        log_tail
 
-in one pass, by the very function that reduces rows for transformers. Ids from V on belong to no token. Loaded by name
-into every worker (`worker_extension_cls`), so it is the same under tensor parallelism, where each worker holds all of a
-row's logits once the head's parts are gathered. `stage1_teacher.vllm` reads what is sent.
+in one pass, by the very function that reduces rows for transformers. Ids from V on belong to no token. Of a finished
+sequence only the rows from its own `extra_args["first_row"]` on are sent: turning the entries of 1,200 tokens of
+context into Python's lists would take vLLM 0.2 s a sequence, and entries found in the prefix cache are undefined.
+
+Loaded by name into every worker (`worker_extension_cls`), so it is the same under tensor parallelism, where each worker
+holds all of a row's logits once the head's parts are gathered. `stage1_teacher.vllm` reads what is sent.
 
 Shape suffixes: N rows, V vocabulary, K ranks, T temperatures, C columns.
 """
@@ -65,8 +68,8 @@ class TopKWorker:
         """From now on, reduce the rows of every request for `columns(...)` scores as `topk.select_top_k` does."""
         from vllm.v1.outputs import LogprobsTensors
 
-        sampler = self.model_runner.sampler
-        theirs = sampler.gather_logprobs
+        runner, sampler = self.model_runner, self.model_runner.sampler
+        theirs, finished = sampler.gather_logprobs, runner._get_prompt_logprobs_dict
 
         def gather_logprobs(scores_NV: Tensor, count: int, token_ids: Tensor) -> Any:
             vocab_size = scores_NV.shape[1]
@@ -76,7 +79,14 @@ class TopKWorker:
             packed = pack(select_top_k(scores_NV, k, temperatures), token_ids, score_N, vocab_size)
             return LogprobsTensors(*packed, torch.zeros_like(token_ids))
 
-        sampler.gather_logprobs = gather_logprobs
+        def wanted(*args: Any) -> dict[str, Any]:
+            sent: dict[str, Any] = finished(*args)
+            for request, tensors in sent.items():
+                first_row = runner.requests[request].sampling_params.extra_args["first_row"]
+                sent[request] = LogprobsTensors(*(tensor[first_row:] for tensor in tensors[:3]))
+            return sent
+
+        sampler.gather_logprobs, runner._get_prompt_logprobs_dict = gather_logprobs, wanted
 
     def watch_head(self) -> None:
         """Keep what the model's head computes, until `head_logits` asks for it."""

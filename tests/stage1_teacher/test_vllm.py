@@ -19,7 +19,7 @@ import torch
 import toys
 
 from cache_schema.reader import CacheReader
-from pipeline.errors import RunError
+from pipeline.errors import ModelError, RunError
 from pipeline.models import ModelSource, load_causal_lm
 from pipeline.recipe import load_recipe
 from stage1_teacher.__main__ import main
@@ -64,7 +64,7 @@ def test_columns_without_normalisers_are_not_taken_for_rows():
 
 
 def flat(rows):
-    """vLLM's flat form of rows of (ids, values), an empty first one included."""
+    """vLLM's flat form of rows of (ids, values)."""
     ends = np.cumsum([len(ids) for ids, _ in rows]).tolist()
     return SimpleNamespace(
         start_indices=[0, *ends[:-1]],
@@ -74,21 +74,28 @@ def flat(rows):
     )
 
 
-def test_entry_i_predicts_token_i_and_entry_0_is_empty():
-    prompt = flat([([], []), ([10, 11], [0.1, 0.2]), ([20, 21], [1.1, 1.2]), ([30, 31], [2.1, 2.2])])
-    sampled = flat([([40, 41], [3.1, 3.2])])
-    ids, values = entries(prompt, sampled, 2, 2)  # from the row that predicts token 2 on
-    assert ids.tolist() == [[20, 21], [30, 31], [40, 41]]
-    assert values.tolist() == [pytest.approx(row) for row in ([1.1, 1.2], [2.1, 2.2], [3.1, 3.2])]
-    assert entries(prompt, sampled, 1, 2)[0].tolist() == [[10, 11], [20, 21], [30, 31], [40, 41]]
-    assert entries(prompt, sampled, 4, 2)[0].tolist() == [[40, 41]]  # the last token alone is predicted
-    assert entries(prompt, sampled, 2, 4)[0].shape == (0, 4)  # not what was asked for
+def test_entries_are_rows_in_order_and_the_first_token_has_none():
+    prompt = flat([([], []), ([10, 11], [0.1, 0.2]), ([20, 21], [1.1, 1.2])])
+    sampled = flat([([30, 31], [2.1, 2.2])])
+    ids, values = entries(prompt, sampled, 2)
+    assert ids.tolist() == [[10, 11], [20, 21], [30, 31]]
+    assert values.tolist() == [pytest.approx(row) for row in ([0.1, 0.2], [1.1, 1.2], [2.1, 2.2])]
+    assert entries(flat([([], [])]), sampled, 2)[0].tolist() == [[30, 31]]  # the last token alone is predicted
+    for width in (1, 3, 6):  # not what was asked for
+        assert entries(prompt, sampled, width)[0].shape == (0, width)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_the_error_names_what_to_install(tmp_path):
     recipe = load_recipe(str(toys.tiny_recipe(tmp_path)), ["teacher.engine=vllm"])
     with pytest.raises(RunError, match=r"teacher\.engine is vllm.*pip install 'logitbank\[vllm\]'.*stage1_teacher"):
+        load_teacher(recipe, lambda: 64)
+
+
+def test_another_vllm_than_the_one_whose_workers_are_known_is_refused(tmp_path, monkeypatch):
+    recipe = load_recipe(str(toys.tiny_recipe(tmp_path)), ["teacher.engine=vllm"])
+    monkeypatch.setattr("stage1_teacher.vllm.import_vllm", lambda *_: (SimpleNamespace(__version__="0.33.1"), True))
+    with pytest.raises(ModelError, match=r"vLLM 0\.33\.1 is installed here; expected 0\.32.*teacher\.engine=hf"):
         load_teacher(recipe, lambda: 64)
 
 
