@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.special import logsumexp, softmax
 
-from cache_schema.codec import decode_gaps, encode_gaps
+from cache_schema.codec import Codec
 from stage2_student.losses import uld
 
 TEACHER_VOCABULARY, STUDENT_VOCABULARY = 32_128, 50_257
@@ -35,7 +35,8 @@ def compared(teacher: np.ndarray, student: np.ndarray, k: int) -> tuple[np.ndarr
     p, q = softmax(teacher / TEMPERATURE, axis=1), softmax(student / TEMPERATURE, axis=1)
     full = np.abs(np.pad(p, ((0, 0), (0, q.shape[1] - p.shape[1]))) - q).sum(1)
     top = teacher[:, 0].astype(np.float32)
-    stored = decode_gaps(top, encode_gaps(top, teacher[:, :k].astype(np.float32), STEP), STEP)
+    codec = Codec("fine", STEP)
+    stored = codec.decode(top, codec.encode(top, teacher[:, :k].astype(np.float32)))
     normalisers = [torch.from_numpy(logsumexp(part / TEMPERATURE, axis=1)) for part in (teacher, teacher[:, k:])]
     rows, usable = torch.from_numpy(student), torch.ones(1, dtype=torch.bool)
 

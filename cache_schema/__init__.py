@@ -5,7 +5,8 @@ FORMAT.md beside this file is the norm; the modules are its implementation.
     schema     what a row is: the columns, the status codes, `CacheRow`
     manifest   the identity and the plan of a cache, its fingerprint
     record     what is known of a committed shard, the seal, the ledgers
-    codec      logits to integers and back; rows to Arrow tables and back
+    codec      logits and ids to integers and back
+    table      rows to Arrow tables and back
     check      the invariants of a row, for the writer and for `verify`
     shard      one Parquet file: encoding, and reading that never trusts the disk
     atomic     durable writes: all of a file or nothing of it

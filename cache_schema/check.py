@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.codec import usable_positions
+from cache_schema.codec import Codec, usable_positions
 from cache_schema.manifest import Manifest
 from cache_schema.schema import CacheRow, Status
 
@@ -26,13 +26,13 @@ MAX_DRAWS_ERROR = 2
 def problem_of(row: CacheRow, manifest: Manifest, *, decoded: bool) -> str | None:
     """The first invariant that a row breaks, in words; None when it is sound.
 
-    `decoded`: the logits went through the codec, so the normalisers agree with them to within half a step more.
+    `decoded`: the logits went through the codec, so the normalisers agree with them to within its bound more.
     """
     return (
         _text_problem(row)
         or _shape_problem(row, manifest)
         or _position_problem(row, manifest)
-        or _numbers_problem(row, manifest, manifest.step / 2 if decoded else 0.0)
+        or _numbers_problem(row, manifest, decoded)
     )
 
 
@@ -93,7 +93,7 @@ def _position_problem(row: CacheRow, manifest: Manifest) -> str | None:
     return None
 
 
-def _numbers_problem(row: CacheRow, manifest: Manifest, codec_error: float) -> str | None:
+def _numbers_problem(row: CacheRow, manifest: Manifest, decoded: bool) -> str | None:
     usable_N = row.status == Status.USABLE
     at = np.flatnonzero(usable_N)  # to name the position in the row
 
@@ -106,6 +106,7 @@ def _numbers_problem(row: CacheRow, manifest: Manifest, codec_error: float) -> s
     tail_MT = None if row.log_tail is None else row.log_tail[usable_N]
     if not len(at):
         return None
+    error_MK = Codec(manifest.codec, manifest.step).bound(top_M, logits_MK) if decoded else np.zeros((1, 1))
     return (
         first(
             ~usable_positions(top_M, logits_MK, lse_MT, tail_MT, manifest.step),
@@ -114,11 +115,11 @@ def _numbers_problem(row: CacheRow, manifest: Manifest, codec_error: float) -> s
         or first(top_M != logits_MK[:, 0], "top_logit is not the logit of rank 0")
         or first((np.diff(logits_MK) > 0).any(axis=1), "logits are not sorted, largest first")
         or (None if draws_MK is None else _slots_problem(ids_MK, logits_MK, draws_MK, first))
-        or (None if ids_MK is None else _ids_problem(ids_MK, logits_MK, draws_MK, manifest, codec_error, first))
+        or (None if ids_MK is None else _ids_problem(ids_MK, logits_MK, draws_MK, manifest, decoded, first))
         or (
-            _normaliser_problem(logits_MK, lse_MT, tail_MT, manifest, codec_error, first)
+            _normaliser_problem(logits_MK, error_MK, lse_MT, tail_MT, manifest, first)
             if draws_MK is None
-            else _probability_problem(logits_MK, draws_MK, lse_MT, manifest, codec_error, first)
+            else _probability_problem(logits_MK, error_MK, draws_MK, lse_MT, manifest, first)
         )
     )
 
@@ -138,7 +139,7 @@ def _ids_problem(
     logits_MK: NDArray[np.float32],
     draws_MK: NDArray[np.int32] | None,
     manifest: Manifest,
-    codec_error: float,
+    decoded: bool,
     first: Any,
 ) -> str | None:
     outside_M = (ids_MK.min(axis=1) < 0) | (ids_MK.max(axis=1) >= manifest.vocab_size)
@@ -146,7 +147,7 @@ def _ids_problem(
     if draws_MK is not None:  # slots left over get ids of their own, in order
         ids_MK = np.where(draws_MK > 0, ids_MK, manifest.vocab_size + np.arange(ids_MK.shape[1]))
     problem = problem or first((np.diff(np.sort(ids_MK, axis=1)) == 0).any(axis=1), "a token id twice")
-    if problem is None and not codec_error:  # after the codec, unequal logits can look equal
+    if problem is None and not decoded:  # levels far apart can round to the same float32
         swapped_MK = (np.diff(logits_MK) == 0) & (np.diff(ids_MK) < 0)
         problem = first(swapped_MK.any(axis=1), "equal logits are not ordered by lower id")
     return problem
@@ -154,22 +155,22 @@ def _ids_problem(
 
 def _normaliser_problem(
     logits_MK: NDArray[np.float32],
+    error_MK: NDArray[Any],
     lse_MT: NDArray[np.float32],
     tail_MT: NDArray[np.float32] | None,
     manifest: Manifest,
-    codec_error: float,
     first: Any,
 ) -> str | None:
     """log(exp(head) + exp(log_tail)) is logsumexp: ties logits, temperatures and both normalisers together."""
     for i, temperature in enumerate(manifest.temperatures):
-        scaled_MK = logits_MK.astype(np.float64) / temperature
-        top_M = scaled_MK[:, 0]  # the largest, so the exponentials below are at most 1
-        head_M = top_M + np.log(np.exp(scaled_MK - top_M[:, None]).sum(axis=1))
-        total_M = head_M if tail_MT is None else np.logaddexp(head_M, tail_MT[:, i].astype(np.float64))
         lse_M = lse_MT[:, i].astype(np.float64)
-        tolerance_M = NORMALISER_TOLERANCE * np.maximum(1, np.abs(lse_M) / 100) + codec_error / temperature
+        bounds = []
+        for error in (-error_MK, error_MK):
+            total_M = _log_sum((logits_MK.astype(np.float64) + error) / temperature)
+            bounds.append(total_M if tail_MT is None else np.logaddexp(total_M, tail_MT[:, i].astype(np.float64)))
+        tolerance_M = _tolerance(lse_M)
         what = f"at temperature {temperature}, logsumexp is not that of the top K and log_tail together"
-        problem: str | None = first(np.abs(total_M - lse_M) > tolerance_M, what)
+        problem: str | None = first((lse_M < bounds[0] - tolerance_M) | (lse_M > bounds[1] + tolerance_M), what)
         if problem is not None:
             return problem
     return None
@@ -177,26 +178,37 @@ def _normaliser_problem(
 
 def _probability_problem(
     logits_MK: NDArray[np.float32],
+    error_MK: NDArray[Any],
     draws_MK: NDArray[np.int32],
     lse_MT: NDArray[np.float32],
     manifest: Manifest,
-    codec_error: float,
     first: Any,
 ) -> str | None:
     """The drawn ids have no more than probability 1 together, and each has the draws that its own stands for."""
     drawn_MK, total = draws_MK > 0, draws_MK.shape[1]
     for i, temperature in enumerate(manifest.temperatures):
         lse_M = lse_MT[:, i].astype(np.float64)
-        tolerance_M = NORMALISER_TOLERANCE * np.maximum(1, np.abs(lse_M) / 100) + codec_error / temperature
+        away_MK = _tolerance(lse_M)[:, None] + error_MK / temperature
         log_p_MK = logits_MK.astype(np.float64) / temperature - lse_M[:, None]
-        sum_M = np.logaddexp.reduce(np.where(drawn_MK, log_p_MK, -np.inf), axis=1)
+        sum_M = np.where(drawn_MK, np.exp(log_p_MK - away_MK), 0).sum(axis=1)
         what = f"at temperature {temperature}, the drawn ids have a probability above 1 together"
-        problem: str | None = first(sum_M > tolerance_M, what)
+        problem: str | None = first(sum_M > 1, what)
         if problem is None and i == 0:  # the temperature that they were drawn at
-            low_MK, high_MK = (total * np.exp(log_p_MK + sign * tolerance_M[:, None]) for sign in (-1, 1))
+            low_MK, high_MK = (total * np.exp(log_p_MK + sign * away_MK) for sign in (-1, 1))
             off_MK = (draws_MK < low_MK - MAX_DRAWS_ERROR) | (draws_MK > high_MK + MAX_DRAWS_ERROR)
             what = f"at temperature {temperature}, an id was drawn more or less often than its probability allows"
             problem = first((drawn_MK & off_MK).any(axis=1), what)
         if problem is not None:
             return problem
     return None
+
+
+def _tolerance(lse_M: NDArray[np.float64]) -> NDArray[np.float64]:
+    return NORMALISER_TOLERANCE * np.maximum(1, np.abs(lse_M) / 100)
+
+
+def _log_sum(scaled_MK: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[M] log of the sum of exponentials; rank 0 is about the largest, so none overflows."""
+    top_M1 = scaled_MK[:, :1]
+    total_M: NDArray[np.float64] = top_M1[:, 0] + np.log(np.exp(scaled_MK - top_M1).sum(axis=1))
+    return total_M

@@ -1,47 +1,71 @@
-"""Logits to integers and back, rows to Arrow tables and back. Called by `shard`; `usable_positions` by stage 1.
+"""Logits and ids to the integers of a data file and back, as FORMAT.md defines them. Pure numpy; called by `table`,
+`shard` and `check`, and `usable_positions` by stage 1.
 
-The codec `fine`: `gap = rint((top_logit - logit) / step)`, kept below 2**24. With a power-of-two step, `step * gap` is
-then exact in float32, so `top_logit - step * gap` is one rounding in float32 or float64 alike, in any language.
-The error is at most step / 2 and that rounding; rank 0 is exact. Shapes: N positions, K ranks, T temperatures.
+A logit becomes a *level*: how many steps it lies below the top one. With ids, a position is stored as a set of (id,
+level) in the shard's order of ids, commonest first, and sorting finds its ranks again: the order of 256 ranks takes
+210 bytes, and says nothing that the levels do not say but for ties. Without ids, levels are stored by rank.
+Shapes: N positions, K ranks (or slots of a set, in whatever order), T temperatures, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_schema.manifest import Manifest
-from cache_schema.schema import TEXT_COLUMNS, AlignmentRow, CacheRow, Columns, Status, TextRow
-
-MAX_GAP = 2**24 - 1
-
-_LISTS = {
-    "answer_ids": pa.int32(),
-    "answer_offsets": pa.int32(),
-    "status": pa.uint8(),
-    "top_logit": pa.float32(),
-    "gaps": pa.int32(),
-    "token_ids": pa.int32(),
-    "draws": pa.int32(),
-    "logsumexp": pa.float32(),
-    "log_tail": pa.float32(),
-}
-_NULLABLE = ("token_ids", "draws", "log_tail")
+MAX_GAP = 2**24 - 1  # steps below the top
+NEAR, FAR_STEPS = 4.0, 8  # `small`: full steps down to NEAR logits below the top, FAR_STEPS of them a level beyond
+LISTED = 2  # an id that a shard holds as often is in `id_order`
+STEP_BITS = 2  # of a difference between ranks; the largest number says that more of it is in `rank_excess`
 
 
-def _field(name: str, kind: Any) -> Any:
-    return pa.field(name, pa.list_(pa.field("element", kind, nullable=False)), nullable=name in _NULLABLE)
+@dataclass(frozen=True)
+class Codec:
+    """Logits to levels and back: `fine`, every rank to step / 2, or `small`, with a coarser tail.
 
+    With a power-of-two step, `step * gap` is exact in float32, so `top_logit - step * gap` is one rounding in float32
+    or float64 alike, in any language. Rank 0 is exact.
+    """
 
-ARROW_SCHEMA = pa.schema(
-    [pa.field(name, pa.string(), nullable=False) for name in TEXT_COLUMNS]
-    + [_field("answer_ids", pa.int32()), pa.field("answer_start", pa.int32(), nullable=False)]
-    + [_field(name, kind) for name, kind in _LISTS.items() if name != "answer_ids"]
-)
+    name: str
+    step: float
+
+    @property
+    def near(self) -> int:
+        """The last level at the full step."""
+        return MAX_GAP if self.name == "fine" else max(FAR_STEPS, round(NEAR / self.step))
+
+    @property
+    def max_level(self) -> int:
+        """No storable logit has a higher one."""
+        return self.near + -(-(MAX_GAP - self.near) // FAR_STEPS)
+
+    @property
+    def low_bits(self) -> int:
+        """Bits of a height that are noise, stored as they are: below one logit, where a position's levels end."""
+        level = self.step if self.name == "fine" else FAR_STEPS * self.step
+        return int(np.clip(np.log2(1 / level), 0, 8))
+
+    def encode(self, top_logit_N: NDArray[np.float32], logits_NK: NDArray[np.float32]) -> NDArray[np.int32]:
+        """[N, K] levels. The caller has checked `usable_positions`."""
+        gap_NK = top_logit_N.astype(np.float64)[:, None] - logits_NK  # float64: exact for float32 near each other
+        gap_NK /= self.step
+        if self.name == "small":
+            gap_NK = np.where(gap_NK <= self.near, gap_NK, self.near + (gap_NK - self.near) / FAR_STEPS)
+        return np.rint(gap_NK, out=gap_NK).astype(np.int32)
+
+    def decode(self, top_logit_N: NDArray[np.float32], level_NK: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """[N, K] logits of levels."""
+        gap_NK = level_NK if self.name == "fine" else level_NK + (FAR_STEPS - 1) * np.maximum(level_NK - self.near, 0)
+        return top_logit_N[:, None] - np.float32(self.step) * gap_NK.astype(np.float32)
+
+    def bound(self, top_logit_N: NDArray[np.float32], logits_NK: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[N, K] how far these decoded logits may be from the raw ones, a float32 rounding aside."""
+        far_NK = top_logit_N[:, None] - logits_NK > self.near * self.step
+        return np.where(far_NK, np.float32(FAR_STEPS), np.float32(1)) * np.float32(self.step / 2)
 
 
 def usable_positions(
@@ -62,142 +86,139 @@ def usable_positions(
     return usable_N
 
 
-def encode_gaps(top_logit_N: NDArray[np.float32], logits_NK: NDArray[np.float32], step: float) -> NDArray[np.int32]:
-    """[N, K] integer gaps below the top logit. The caller has checked `usable_positions`."""
-    distance_NK = top_logit_N.astype(np.float64)[:, None] - logits_NK  # float64: exact for float32 near each other
-    return np.rint(distance_NK / step).astype(np.int32)
+def listed_ids(ids: Iterable[NDArray[np.int32]], vocab_size: int) -> NDArray[np.int32]:
+    """The ids that occur LISTED times or more, commonest first, equally common ones by id."""
+    counts_V = np.zeros(vocab_size, np.int64)
+    for part in ids:
+        counts_V += np.bincount(part.ravel(), minlength=vocab_size)
+    often = np.flatnonzero(counts_V >= LISTED)
+    return often[np.argsort(-counts_V[often], kind="stable")].astype(np.int32)
 
 
-def decode_gaps(top_logit_N: NDArray[np.float32], gaps_NK: NDArray[np.int32], step: float) -> NDArray[np.float32]:
-    """[N, K] logits, as FORMAT.md defines them."""
-    return top_logit_N[:, None] - np.float32(step) * gaps_NK.astype(np.float32)
+def order_of(listed: NDArray[np.int32], vocab_size: int) -> NDArray[np.int32]:
+    """[V] the shard's order of ids: those listed, then all others by id. ValueError unless that is each id once."""
+    if len(listed) and not (listed.min() >= 0 and listed.max() < vocab_size):
+        raise ValueError(f"id_order runs from {listed.min()} to {listed.max()}, expected 0 to {vocab_size - 1}")
+    others_V = np.ones(vocab_size, np.bool_)
+    others_V[listed] = False
+    order_V = np.concatenate([listed, np.flatnonzero(others_V).astype(np.int32)])
+    if len(order_V) != vocab_size:
+        raise ValueError("id_order has an id twice")
+    return order_V
 
 
-def encode_row(row: CacheRow, manifest: Manifest) -> tuple[dict[str, Any], float]:
-    """The stored columns of a checked row, numbers flat, and its largest codec error in logit units.
+def places_of(order_V: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[V] the place of each id in an order: its inverse."""
+    place_V = np.empty_like(order_V)
+    place_V[order_V] = np.arange(len(order_V), dtype=np.int32)
+    return place_V
 
-    The numbers of unusable positions become zeros.
+
+@dataclass(frozen=True)
+class Slots:
+    """N positions as sets: ids in the order of their places, each with its height above the position's last level.
+
+    A byte of `packed_NK` has the step from the place before in its low half and the height without its low bits in its
+    high half; what does not fit is in the excess. Together they compress to 79 bytes of 256 slots, apart to 85.
     """
-    usable_N = row.status == Status.USABLE
-    top_N = np.where(usable_N, row.top_logit, np.float32(0))
-    logits_NK = np.where(usable_N[:, None], row.logits, np.float32(0))
-    gaps_NK = encode_gaps(top_N, logits_NK, manifest.step)
-    error = np.abs(decode_gaps(top_N, gaps_NK, manifest.step).astype(np.float64) - logits_NK).max(initial=0.0)
 
-    def cleared(values: NDArray[Any] | None) -> NDArray[Any] | None:
-        return None if values is None else np.where(usable_N[:, None], values, values.dtype.type(0)).ravel()
-
-    columns = {name: getattr(row, name) for name in (*TEXT_COLUMNS, "answer_ids", "answer_start", "status")}
-    columns |= {
-        "answer_offsets": row.answer_offsets.ravel(),
-        "top_logit": top_N,
-        "gaps": gaps_NK.ravel(),
-        "token_ids": cleared(row.token_ids),
-        "draws": cleared(row.draws),
-        "logsumexp": cleared(row.logsumexp),
-        "log_tail": cleared(row.log_tail),
-    }
-    return columns, float(error)
+    packed_NK: NDArray[np.uint8]
+    id_excess: NDArray[np.int32]
+    height_low_NK: NDArray[np.uint8]
+    height_excess: NDArray[np.int32]
+    draws_NK: NDArray[np.int32] | None
 
 
-def to_table(encoded: Sequence[dict[str, Any]]) -> Any:
-    """A pyarrow Table of encoded rows."""
-    return pa.Table.from_arrays(
-        [_array(field, [columns[field.name] for columns in encoded]) for field in ARROW_SCHEMA], schema=ARROW_SCHEMA
+def encode_set(
+    level_NK: NDArray[np.int32],
+    ids_NK: NDArray[np.int32],
+    draws_NK: NDArray[np.int32] | None,
+    place_V: NDArray[np.int32],
+    low_bits: int,
+) -> Slots:
+    """Slots from levels, ids and draws by rank. A slot without draws shares the last place and the last level."""
+    place_NK = place_V[ids_NK]
+    if draws_NK is not None:
+        drawn_NK = draws_NK > 0
+        place_NK = np.where(drawn_NK, place_NK, (place_NK * drawn_NK).max(axis=1, keepdims=True))
+    key_NK = place_NK.astype(np.int64) << 32 | np.arange(level_NK.shape[1])
+    key_NK.sort(axis=1)
+    slot_NK = key_NK & (2**32 - 1)
+    step_NK = np.diff(key_NK >> 32, axis=1, prepend=0).astype(np.int32)
+    height_NK = np.take_along_axis(level_NK.max(axis=1, keepdims=True) - level_NK, slot_NK, axis=1)
+    high_NK = height_NK >> low_bits
+    return Slots(
+        (np.minimum(step_NK, 15) | np.minimum(high_NK, 15) << 4).astype(np.uint8),
+        step_NK[step_NK >= 15] - 15,
+        (height_NK & (2**low_bits - 1)).astype(np.uint8),
+        high_NK[high_NK >= 15] - 15,
+        None if draws_NK is None else np.take_along_axis(draws_NK, slot_NK, axis=1),
     )
 
 
-def _array(field: Any, values: list[Any]) -> Any:
-    if not pa.types.is_list(field.type):
-        return pa.array(values, field.type)
-    if not values or values[0] is None:
-        return pa.nulls(len(values), field.type)
-    offsets = np.zeros(len(values) + 1, np.int32)
-    np.cumsum([len(v) for v in values], out=offsets[1:])
-    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values), field.type.value_type), type=field.type)
+def heights(
+    packed_NK: NDArray[np.uint8], low_NK: NDArray[np.uint8], excess: NDArray[np.int32], low_bits: int
+) -> NDArray[np.int32]:
+    """[N, K] heights of slots. ValueError where the excess is not one number for each that did not fit."""
+    return unpacked("height_excess", packed_NK >> 4, 15, excess) << low_bits | low_NK
 
 
-class RowGroup:
-    """Some consecutive rows of a shard in memory, still encoded; `row(i)` decodes one.
+def unpacked(name: str, part_NK: NDArray[np.integer[Any]], most: int, excess: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[N, K] numbers of which `part_NK` has what is below `most`."""
+    whole_NK = part_NK.astype(np.int32)
+    more_NK = part_NK == most
+    if np.count_nonzero(more_NK) != len(excess):
+        raise ValueError(f"{name} has {len(excess)} numbers, expected {np.count_nonzero(more_NK)}")
+    whole_NK[more_NK] += excess
+    return whole_NK
 
-    `nbytes` is what it holds. Raises ValueError where lengths do not fit the manifest.
+
+def decode_set(
+    step_NK: NDArray[np.int32],
+    height_NK: NDArray[np.int32],
+    draws_NK: NDArray[np.int32] | None,
+    order_V: NDArray[np.int32],
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32] | None]:
+    """[N, K] each, by rank: levels, ids (equal levels by lower id) and draws. A slot without draws comes last, id 0.
+
+    Raises ValueError where a place is outside the vocabulary; the caller has checked that nothing is negative.
     """
-
-    def __init__(self, table: Any, manifest: Manifest, columns: Columns) -> None:
-        self._manifest = manifest
-        self._columns = columns
-        self.nbytes: int = table.nbytes
-        self._rows: int = table.num_rows
-        self._plain = {name: table[name].to_pylist() for name in table.column_names if name not in _LISTS}
-        self._lists = {name: _flat(table[name]) for name in table.column_names if name in _LISTS}
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def row(self, i: int) -> TextRow:
-        """Row i of the group, with arrays of its own: of the type that its columns make (see `Columns`)."""
-        text = {name: self._plain[name][i] for name in TEXT_COLUMNS}
-        if self._columns is Columns.TEXT:
-            return TextRow(**text)
-        ids_N = self._slice("answer_ids", i)
-        if ids_N is None:
-            raise ValueError("answer_ids is null")
-        n, k, t = len(ids_N), self._manifest.top_k, len(self._manifest.temperatures)
-        status_N = self._block("status", i, n)
-        _expect_range("status", status_N, max(Status))
-        _expect_range("answer_ids", ids_N, self._manifest.vocab_size - 1)
-        offsets_N2 = self._block("answer_offsets", i, n, 2)
-        _expect_range("answer_offsets", offsets_N2, len(text["answer"]))
-        tokens = text | {
-            "answer_ids": ids_N.copy(),
-            "answer_offsets": offsets_N2,
-            "status": status_N,
-        }
-        if self._columns is Columns.ALIGNMENT:
-            return AlignmentRow(**tokens)
-        top_N = self._block("top_logit", i, n)
-        gaps_NK = self._block("gaps", i, n, k)
-        whole = self._columns is Columns.ALL
-        ids_NK = self._block("token_ids", i, n, k) if whole and self._manifest.store_ids else None
-        draws_NK = self._block("draws", i, n, k) if whole and self._manifest.sampled else None
-        _expect_range("gaps", gaps_NK, MAX_GAP)
-        _expect_range("token_ids", ids_NK, self._manifest.vocab_size - 1)
-        _expect_range("draws", draws_NK, k)
-        return CacheRow(
-            **tokens,
-            answer_start=self._plain["answer_start"][i],
-            top_logit=top_N,
-            logits=decode_gaps(top_N, gaps_NK, self._manifest.step),
-            token_ids=ids_NK,
-            draws=draws_NK,
-            logsumexp=self._block("logsumexp", i, n, t),
-            log_tail=self._block("log_tail", i, n, t) if self._manifest.stores_tail else None,
-        )
-
-    def _slice(self, name: str, i: int) -> NDArray[Any] | None:
-        offsets, values = self._lists[name]
-        return None if offsets is None else values[offsets[i] : offsets[i + 1]]
-
-    def _block(self, name: str, i: int, *shape: int) -> NDArray[Any]:
-        values = self._slice(name, i)
-        size = int(np.prod(shape))
-        if values is None or len(values) != size:
-            found = "null" if values is None else f"{len(values)} numbers"
-            raise ValueError(f"row {i} of the group: {name} is {found}, expected {' * '.join(map(str, shape))}")
-        return values.reshape(shape).copy()  # of its own: Arrow's memory is read-only and as long as the group
+    place_NK = np.cumsum(step_NK, axis=1, dtype=np.int64)
+    if place_NK.size and place_NK[:, -1].max() >= len(order_V):
+        raise ValueError(f"slots lead to place {place_NK[:, -1].max()}, expected 0 to {len(order_V) - 1}")
+    ids_NK = order_V[place_NK]
+    level_NK = height_NK.max(axis=1, keepdims=True) - height_NK
+    if draws_NK is None:
+        key_NK = level_NK.astype(np.int64) << 31 | ids_NK
+        key_NK.sort(axis=1)  # both numbers in one: 3 times as fast as sorting places and taking along
+        return key_NK >> 31, (key_NK & (2**31 - 1)).astype(np.int32), None
+    key_NK = level_NK.astype(np.int64) << 31 | np.where(draws_NK > 0, ids_NK, len(order_V))
+    rank_NK = np.argsort(key_NK, axis=1, kind="stable")
+    level_NK, ids_NK, draws_NK = (np.take_along_axis(x, rank_NK, axis=1) for x in (level_NK, ids_NK, draws_NK))
+    return level_NK.astype(np.int64), np.where(draws_NK > 0, ids_NK, np.int32(0)), draws_NK
 
 
-def _expect_range(name: str, values: NDArray[Any] | None, highest: int) -> None:
-    """These numbers are used as indices, or shifted: out of range they would do damage far from here."""
-    if values is not None and values.size and not (values.min() >= 0 and values.max() <= highest):
-        raise ValueError(f"{name} run from {values.min()} to {values.max()}, expected 0 to {highest}")
+def encode_ranks(level_NK: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """[N, H] differences from rank to rank, four in a byte, and [M] what of them did not fit.
+
+    Byte j has ranks j, j + H, j + 2H and j + 3H, H = K / 4 rounded up: zstd then sees four scales at once. A list of
+    plain differences takes 87 bytes of 256 ranks where this takes 70, since zstd finds matches that cost more than
+    they save (`benchmarks/cache_bytes.py`).
+    """
+    n, k = level_NK.shape
+    most = 2**STEP_BITS - 1
+    width = -(-k * STEP_BITS // 8)
+    step_NK = np.diff(level_NK, axis=1, prepend=level_NK[:, :1])
+    part = np.zeros((n, 8 // STEP_BITS * width), np.uint8)
+    part[:, :k] = np.minimum(step_NK, most)
+    shift = np.arange(0, 8, STEP_BITS, dtype=np.uint8)[:, None]
+    packed_NH = np.bitwise_or.reduce(part.reshape(n, -1, width) << shift, axis=1)
+    return packed_NH, step_NK[step_NK >= most] - most
 
 
-def _flat(column: Any) -> tuple[NDArray[Any] | None, NDArray[Any]]:
-    """Offsets and values of a list column as numpy; offsets None for a column of nulls."""
-    array = column.combine_chunks()
-    if array.null_count:
-        if array.null_count != len(array):
-            raise ValueError("a column is null in some rows and not in others")
-        return None, np.empty(0)
-    return array.offsets.to_numpy(), array.values.to_numpy()
+def decode_ranks(packed_NH: NDArray[np.uint8], excess: NDArray[np.int32], k: int) -> NDArray[np.int64]:
+    """[N, K] levels by rank. ValueError where the excess is not one number for each difference that did not fit."""
+    most = 2**STEP_BITS - 1
+    shift = np.arange(0, 8, STEP_BITS, dtype=np.uint8)[:, None]
+    part_NK = ((packed_NH[:, None] >> shift) & most).reshape(len(packed_NH), -1)[:, :k]
+    return unpacked("rank_excess", part_NK, most, excess).cumsum(axis=1, dtype=np.int64)

@@ -28,7 +28,7 @@ from cache_schema.errors import (
 from cache_schema.layout import Layout
 from cache_schema.schema import SCHEMA_VERSION
 
-CODECS = ("fine",)
+CODECS = ("fine", "small")  # every rank to step / 2; a coarser tail
 SELECTORS = ("topk", "sampled")  # the K largest logits; K draws from the softmax at the first temperature
 
 

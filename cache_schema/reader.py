@@ -17,13 +17,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from cache_schema.codec import RowGroup
 from cache_schema.errors import IncompleteCache
 from cache_schema.layout import Layout
 from cache_schema.manifest import Manifest, load_vocabulary
 from cache_schema.record import CommitRecord, Seal, Totals
 from cache_schema.schema import ALL, AlignmentRow, CacheRow, Columns, TextRow
 from cache_schema.shard import ShardFile
+from cache_schema.table import RowGroup
 
 MEMORY_BYTES = 512 << 20
 MAX_FILES = 2048  # whose footers are kept, about 50 kB each; reading one again takes about a millisecond

@@ -33,7 +33,7 @@ class CommitRecord:
     bytes: int  # size of the data file
     sha256: str  # of the whole data file
     footer_sha256: str  # of the Parquet footer alone, checked whenever the file is opened: page checksums omit it
-    codec_error_max: float  # largest |decoded - raw| logit over usable positions, measured when written
+    codec_error_max: float  # largest |decoded - raw| logit over usable positions, of the far tail too, when written
     quarantined: tuple[QuarantinedExample, ...]
     quarantined_positions: dict[str, int]  # status reason -> how many positions of the rows
     provenance: dict[str, Any]

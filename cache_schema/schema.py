@@ -38,12 +38,18 @@ NUMBER_COLUMNS = (
     "answer_offsets",
     "status",
     "top_logit",
-    "gaps",
-    "token_ids",
+    "id_order",
+    "slots",
+    "id_excess",
+    "height_low",
+    "height_excess",
     "draws",
+    "rank_steps",
+    "rank_excess",
     "logsumexp",
     "log_tail",
 )
+ID_COLUMNS = ("id_order", "id_excess", "draws")
 ALIGNMENT_COLUMNS = (*TEXT_COLUMNS, "answer_ids", "answer_offsets", "status")
 
 
@@ -63,7 +69,7 @@ class Columns(Enum):
         if self is Columns.ALIGNMENT:
             return ALIGNMENT_COLUMNS
         every = (*TEXT_COLUMNS, *NUMBER_COLUMNS)
-        return tuple(name for name in every if self is Columns.ALL or name not in ("token_ids", "draws"))
+        return tuple(name for name in every if self is Columns.ALL or name not in ID_COLUMNS)
 
 
 TEXT: Final = Columns.TEXT
@@ -96,7 +102,8 @@ class CacheRow(AlignmentRow):
     """One example with the teacher's distributions; row t predicts answer token t.
 
     When writing, the numbers of a position whose status is not 0 may be anything: zeros are stored. When reading,
-    `logits` are decoded: exact at rank 0, within half a step (and a float32 rounding) elsewhere.
+    `logits` are decoded: exact at rank 0, within the codec's bound (and a float32 rounding) elsewhere. Ids whose logits
+    the codec made equal come by lower id.
     """
 
     answer_start: int  # index of the first answer token in the unpadded teacher input (the decoder's for seq2seq)

@@ -1,8 +1,7 @@
 """One Parquet file of the cache: its bytes from rows, and reading that believes nothing it has not checked.
 
 Called by writer (`encode_shard`), reader and verify (`ShardFile`). Plain Parquet: pandas, DuckDB and `datasets` open
-a shard without this package. Encodings were chosen by size (`benchmarks/parquet_encodings.py`, bytes a position):
-token_ids 568 split, 573 plain, 604 delta-packed; gaps 133 delta-packed, 145 split, 221 plain. DuckDB reads all.
+a shard without this package. What each column takes, and why it is stored so, `benchmarks/cache_bytes.py` measures.
 """
 
 from __future__ import annotations
@@ -15,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cache_schema.check import problem_of
-from cache_schema.codec import ARROW_SCHEMA, RowGroup, encode_row, to_table
+from cache_schema.codec import listed_ids, order_of, places_of
 from cache_schema.errors import CorruptShard, InvalidRow
 from cache_schema.jsondoc import canonical
 from cache_schema.manifest import Manifest
 from cache_schema.record import CommitRecord
-from cache_schema.schema import CacheRow, Columns
+from cache_schema.schema import CacheRow, Columns, Status
+from cache_schema.table import ARROW_SCHEMA, RowGroup, encode_row, flat, to_table
 
 GROUP_VALUES = 1 << 22  # numbers of `gaps` in a row group: 16 MiB decoded, what one random read costs
 
@@ -35,12 +37,18 @@ _ENCODINGS = {
     "answer_offsets.list.element": "DELTA_BINARY_PACKED",
     "status.list.element": "PLAIN",
     "top_logit.list.element": "BYTE_STREAM_SPLIT",
-    "gaps.list.element": "DELTA_BINARY_PACKED",
-    "token_ids.list.element": "BYTE_STREAM_SPLIT",
+    "id_order.list.element": "BYTE_STREAM_SPLIT",
+    "slots.list.element": "BYTE_STREAM_SPLIT",
+    "id_excess.list.element": "BYTE_STREAM_SPLIT",
+    "height_excess.list.element": "BYTE_STREAM_SPLIT",
     "draws.list.element": "BYTE_STREAM_SPLIT",
+    "rank_steps.list.element": "BYTE_STREAM_SPLIT",
+    "rank_excess.list.element": "BYTE_STREAM_SPLIT",
     "logsumexp.list.element": "BYTE_STREAM_SPLIT",
     "log_tail.list.element": "BYTE_STREAM_SPLIT",
 }
+_PATHS = [f.name + ".list.element" * pa.types.is_list(f.type) for f in ARROW_SCHEMA]
+_LEVELS = {"height_low.list.element": 1}  # noise; of the others level 9 makes 15 bytes less than 3, of 370
 
 
 @dataclass(frozen=True)
@@ -63,28 +71,40 @@ def encode_shard(rows: Sequence[CacheRow], shard: int, manifest: Manifest) -> En
         sink,
         ARROW_SCHEMA,
         compression="zstd",
-        compression_level=3,
-        use_dictionary=["task"],
+        compression_level={name: _LEVELS.get(name, 9) for name in _PATHS},
+        data_page_size=1 << 28,  # a column of a row group is one page: slots 126 bytes where pages of 1 MiB have 136
+        use_dictionary=["task", "height_low.list.element"],
         column_encoding=_ENCODINGS,
         write_statistics=False,
         store_schema=False,
         write_page_checksum=True,
     )
+    for i, row in enumerate(rows):
+        problem = problem_of(row, manifest, decoded=False)
+        if problem is not None:
+            raise InvalidRow(f"shard {shard}, row {i} (example {row.example_id!r}): {problem}")
+    listed, place_V = _order(rows, manifest) if manifest.store_ids else (None, None)
     error_max = 0.0
     with writer:
         for group in _groups(rows, manifest.top_k):
             encoded = []
             for i in group:
-                problem = problem_of(rows[i], manifest, decoded=False)
-                if problem is not None:
-                    raise InvalidRow(f"shard {shard}, row {i} (example {rows[i].example_id!r}): {problem}")
-                columns, error = encode_row(rows[i], manifest)
+                columns, error = encode_row(rows[i], manifest, place_V)
+                if i == 0 and listed is not None:
+                    columns["id_order"] = listed
                 encoded.append(columns)
                 error_max = max(error_max, error)
             writer.write_table(to_table(encoded), row_group_size=len(encoded))
         writer.add_key_value_metadata({"logitbank": _tag(shard, manifest)})
     data = memoryview(sink.getvalue())
     return EncodedShard(data, hashlib.sha256(data).hexdigest(), hashlib.sha256(footer_of(data)).hexdigest(), error_max)
+
+
+def _order(rows: Sequence[CacheRow], manifest: Manifest) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The ids that go into `id_order`, and the place of every id."""
+    kept = (row.token_ids[row.status == Status.USABLE] for row in rows if row.token_ids is not None)
+    listed = listed_ids(kept, manifest.vocab_size)
+    return listed, places_of(order_of(listed, manifest.vocab_size))
 
 
 def _groups(rows: Sequence[CacheRow], top_k: int) -> Iterator[range]:
@@ -108,6 +128,9 @@ def _tag(shard: int, manifest: Manifest) -> bytes:
             "fingerprint": manifest.fingerprint,
             "shard": shard,
             "top_k": manifest.top_k,
+            "vocab_size": manifest.vocab_size,
+            "codec": manifest.codec,
+            "store_ids": manifest.store_ids,
             "step": manifest.step,
             "temperatures": list(manifest.temperatures),
         }
@@ -152,12 +175,25 @@ class ShardFile:
         if found != record.footer_sha256:
             raise self.corrupt(f"its footer has SHA-256 {found}, its commit record says {record.footer_sha256}")
         metadata = pq.read_metadata(self.path)
+        self._expect_sizes(metadata, record)
         if metadata.schema.to_arrow_schema().remove_metadata() != ARROW_SCHEMA:
             raise self.corrupt(f"its columns are not those of schema version {self._manifest.schema_version}")
         tag = (metadata.metadata or {}).get(b"logitbank", b"")
         if tag != _tag(self._shard, self._manifest):
             raise self.corrupt(f"it belongs elsewhere: it says {tag.decode(errors='replace')!r}")
         return metadata
+
+    def _expect_sizes(self, metadata: Any, record: CommitRecord) -> None:
+        """No list can be longer than its positions allow: checked before anything is allocated for one."""
+        manifest = self._manifest
+        widest = record.positions * max(manifest.top_k, len(manifest.temperatures), 2)
+        most = max(widest, manifest.vocab_size) + record.rows  # an empty list counts as one
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                if column.num_values > most:
+                    raise self.corrupt(
+                        f"{column.path_in_schema} has {column.num_values} numbers, expected up to {most}"
+                    )
 
     def group(self, index: int, columns: Columns) -> RowGroup:
         """Read these columns of one row group, and no byte of the others."""
@@ -168,7 +204,15 @@ class ShardFile:
             table = file.read_row_group(index, columns=list(columns.names))
             if table.num_rows != self.group_rows[index]:
                 raise ValueError(f"row group {index} has {table.num_rows} rows, expected {self.group_rows[index]}")
-            return RowGroup(table, self._manifest, columns)
+            order_V = self._order(file) if columns is Columns.ALL and self._manifest.store_ids else None
+            return RowGroup(table, self._manifest, columns, order_V)
+
+    def _order(self, file: Any) -> NDArray[np.int32]:
+        """[V] the order of ids that the file's first row begins."""
+        offsets, listed = flat(file.read_row_group(0, columns=["id_order"])["id_order"])
+        if offsets is None or offsets[1] != len(listed):
+            raise ValueError("id_order is not in the first row alone")
+        return order_of(listed, self._manifest.vocab_size)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

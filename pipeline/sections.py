@@ -87,7 +87,9 @@ class Cache(Section):
         [1.0], description="those with exact normalisers; sampled: ids are drawn at the first, the largest in use"
     )
     step: float = Field(0.015625, gt=0, description="quantisation step of a logit, a power of two")
-    codec: Literal["fine"] = Field("fine", description="fine: every rank to step/2")
+    codec: Literal["fine", "small"] = Field(
+        "fine", description="fine: every rank to step/2; small: those 4 logits and more below the first to 4 steps"
+    )
     store_ids: bool = Field(
         True, description="false: only for rank-ordered losses; that is the default of a seq2seq teacher"
     )

@@ -141,6 +141,7 @@ def planned(experiment: "Experiment", command: Sequence[str]) -> "tuple[Manifest
         vocab_size=vocab_size,
         temperatures=recipe.cache.temperatures,
         step=recipe.cache.step,
+        codec=recipe.cache.codec,
         store_ids=recipe.cache.store_ids,
         examples=len(training.cached),
         shard_examples=recipe.cache.shard_examples,

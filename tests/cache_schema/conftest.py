@@ -33,6 +33,7 @@ class Toy:
     step: float = 1 / 64
     store_ids: bool = True
     selector: str = "topk"
+    codec: str = "fine"
     seed: int = 0
     max_positions: int = 6
     quarantined: dict[int, str] = field(default_factory=dict)  # example -> reason
@@ -60,6 +61,7 @@ class Toy:
             vocab_size=self.vocab_size,
             temperatures=self.temperatures,
             step=self.step,
+            codec=self.codec,
             store_ids=self.store_ids,
             examples=self.examples,
             shard_examples=self.shard_examples,

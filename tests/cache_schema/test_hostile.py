@@ -192,6 +192,13 @@ def test_shard_of_another_cache(make_toy, cache, tmp_path):
         CacheReader.open(cache).read([4])
 
 
+def test_lists_longer_than_the_positions_allow(cache):
+    """Said by the footer, before anything is allocated for them."""
+    rewrite_seal(cache, positions=1, quarantined_positions={})
+    with pytest.raises(CorruptShard, match=r"has \d+ numbers, expected up to 43"):
+        CacheReader.open(cache).read([3])
+
+
 def test_seal_with_too_few_records(cache):
     rewrite(cache / "sealed.json", records=json.loads((cache / "sealed.json").read_text())["records"][:2])
     with pytest.raises(DamagedDocument, match="2 records, expected 3"):

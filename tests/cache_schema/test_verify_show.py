@@ -130,11 +130,14 @@ def swap_ends(values, offsets):
 
 
 FORGERIES = {
-    "(?s).*logits|.*rank 0": with_list("gaps", swap_ends),
-    "gaps run from -1": with_list("gaps", first_to(-1)),
-    "gaps run from 0 to 16777216": with_list("gaps", first_to(2**24)),
-    "token_ids run from": with_list("token_ids", first_to(40)),
-    "a token id twice": with_list("token_ids", lambda v, o: np.where(np.arange(len(v)) == 1, v[0], v)),
+    "id_order runs from 2 to 40": with_list("id_order", first_to(40)),
+    "id_order runs from -1": with_list("id_order", first_to(-1)),
+    "id_order has an id twice": with_list("id_order", lambda v, o: np.where(np.arange(len(v)) == 1, v[0], v)),
+    "id_excess has .* numbers, expected": with_list("slots", lambda v, o: v | 15),
+    "height_excess has .* numbers, expected": with_list("slots", lambda v, o: v | 0xF0),
+    "slots lead to place .*, expected 0 to 39": with_list("slots", lambda v, o: v & 0xF0 | 14),
+    "height_low run from 0 to 64": with_list("height_low", first_to(64)),
+    "a token id twice": with_list("slots", lambda v, o: np.where(np.arange(len(v)) == 1, v & 0xF0, v)),
     "status run from 0 to 9": with_list("status", first_to(9)),
     "unusable positions": with_list("status", first_to(3)),
     "logsumexp is not that": with_list("logsumexp", lambda v, o: v + 1),
@@ -147,17 +150,11 @@ FORGERIES = {
 }
 
 
-def draw_of_the_first_moved_to_the_last(values, offsets):
-    values[[0, 7]] += (-1, 1)
-    return values
-
-
 SAMPLED_FORGERIES = {
     "draws run from 0 to 9": with_list("draws", first_to(9)),
     "draws are not 8 in all": with_list("draws", lambda v, o: v + (np.arange(len(v)) == 0)),
-    "a slot without draws before one with": with_list("draws", draw_of_the_first_moved_to_the_last),
-    "a slot without draws has numbers of its own": with_list("token_ids", lambda v, o: v + (np.arange(len(v)) == 7)),
-    "a token id twice": with_list("token_ids", lambda v, o: np.where(np.arange(len(v)) == 1, v[0], v)),
+    "a slot without draws before one with": with_list("height_low", lambda v, o: v + (np.arange(len(v)) == 7)),
+    "a token id twice": with_list("slots", lambda v, o: np.where(np.arange(len(v)) == 1, v & 0xF0, v)),
     "temperature 1.0, the drawn ids have a probability above 1": with_list("logsumexp", lambda v, o: v - 1),
     "temperature 2.5, the drawn ids have a probability above 1": with_list(
         "logsumexp", lambda v, o: v - 2 * (np.arange(len(v)) % 2)
