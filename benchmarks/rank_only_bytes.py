@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY, WIDTH = 32_128, 64
-GROUPS = {"token_ids": "token ids", "gaps": "logits", "top_logit": "logits", "logsumexp": "normalisers"}
-GROUPS |= {"log_tail": "normalisers", **dict.fromkeys(("example_id", "task", "prompt", "answer"), "text")}
+GROUPS = {
+    **dict.fromkeys(("id_order", "slots", "id_excess"), "ids and logits"),
+    **dict.fromkeys(("height_low", "height_excess", "rank_steps", "rank_excess"), "ids and logits"),
+    **dict.fromkeys(("top_logit", "logsumexp", "log_tail"), "top logits and normalisers"),
+    **dict.fromkeys(("example_id", "task", "prompt", "answer"), "text"),
+}
 
 
 def make_model(folder: Path, tokenizer_folder: Path) -> None:
@@ -97,7 +101,7 @@ def report(with_ids: Path, without_ids: Path) -> None:
     assert readers[1].totals().positions.written == positions
     groups = [bytes_by_group(reader) for reader in readers]
     print(f"\n| bytes a position ({positions:,} usable) | with ids | without |\n| --- | ---: | ---: |")
-    for name in ("token ids", "logits", "normalisers", "text", "rest"):
+    for name in ("ids and logits", "top logits and normalisers", "text", "rest"):
         print(f"| {name} | {groups[0][name] / positions:.1f} | {groups[1][name] / positions:.1f} |")
     whole = [group.total() / positions for group in groups]
     bare = [(group.total() - group["text"]) / positions for group in groups]
