@@ -3,7 +3,7 @@
 Called by `hf` and `seq2seq`. N rows of logits, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import RunError
@@ -26,22 +26,34 @@ class Batches:
 
         Raises RunError where a single item is too much.
         """
+
+        def one_batch(left: list[int]) -> Iterator[tuple[int, T]]:
+            batch = left[: self.size]
+            yield from zip(batch, work(batch), strict=True)
+
+        return self.stream(lengths, one_batch)
+
+    def stream(self, lengths: Sequence[int], work: Callable[[list[int]], Iterator[tuple[int, T]]]) -> list[T]:
+        """The same, of `work` that hands over each item's result when it has it, from the items that are left.
+
+        It keeps at most `size` of them in work at a time, and may stop before it has done all.
+        """
         import torch
 
         results: dict[int, T] = {}
-        order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-        while len(results) < len(order):
-            batch = order[len(results) :][: self.size]
+        left = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+        while left:
             try:
-                done = work(batch)
+                for index, result in work(left):
+                    results[index] = result
+                failed = False
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                done = None
-            if done is None:  # outside the handler: the exception holds on to the batch's tensors
-                self._halve(len(batch))
-            else:
-                results.update(zip(batch, done, strict=True))
+                failed = True
+            if failed:  # outside the handler: the exception holds on to the batch's tensors
+                self._halve(min(self.size, len(left)))
+            left = [index for index in left if index not in results]
         return [results[i] for i in range(len(lengths))]
 
     def _halve(self, tried: int) -> None:

@@ -1,20 +1,26 @@
 """The engine on transformers for decoders. Called by `subject`; see `stage3_eval.generate` for the protocol.
 
-Shapes: B prompts of a batch (those not finished yet), P tokens of the context they share, L columns of
-their own padded tokens, C = P + L + limit columns in all, V vocabulary; N answer rows of a batch, H hidden.
+Shapes: B rows of a batch, P tokens of the context that all prompts share, L columns of own padded tokens, C columns in
+all, V vocabulary; N answer rows of a batch, H hidden.
 """
 
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError
 from stage3_eval.generate import ADAPTER_FILE, Generated
-from stage3_eval.generate.batching import Batches, Rows, summed_logprobs
+from stage3_eval.generate.batching import Batches, summed_logprobs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stage3_eval.generate.decoding import Decoding
 
 _SHARED_TOKENS = 16  # a shorter common context is not worth a forward pass of its own
 
@@ -23,18 +29,22 @@ class HFEngine:
     """Batched greedy decoding on a transformers decoder.
 
     Prompts are sorted by length and padded on the left; a context that all of them share (the worked examples) is
-    computed once; a row leaves the batch soon after it has finished. Out of memory halves the batch and goes on.
+    computed once; the place of a row that has ended is taken by a prompt that waits. Out of memory halves the batch
+    and goes on.
     """
 
     def __init__(self, model: Any, batch_size: int) -> None:
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
         self.batches = Batches(batch_size)
-        self.chunk = batch_size
+        self.chunk = 4 * batch_size  # so that three in four prompts find a batch in work to join
         self.provenance: dict[str, Any] = {"engine": "hf", "batch_size": batch_size}
         self._base = model
         self._peft: Any = None
         self._loaded: tuple[Path, str] | None = None  # the adapter in memory: its folder, its name in peft
         self._count = 0
         self._head: Callable[[Any], Any] | None = None  # hidden_NH -> logits_NV float32
+        self._joinable = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_logits_only = {"logits_to_keep": 1} if keeps else {}
 
@@ -46,9 +56,9 @@ class HFEngine:
 
         with torch.inference_mode(), self._adapted(adapter) as model:
             shared_ids = self._shared(prompts)
-            return self.batches.run(
+            return self.batches.stream(
                 [len(prompt) for prompt in prompts],
-                lambda batch: self._decode(model, shared_ids, [prompts[i] for i in batch], max_new_tokens, end_id),
+                lambda left: self._decode(model, shared_ids, prompts, left, max_new_tokens, end_id),
             )
 
     def label_logprobs(
@@ -114,11 +124,9 @@ class HFEngine:
         """The context that all prompts begin with, where it is worth computing once; each keeps a token of its own.
 
         Models with a sliding window are left out: they measure it in columns, padding between context and own tokens
-        included.
+        included. So are rows that would join others in work there, for the same reason.
         """
-        config = self._base.config
-        slides = any("sliding" in kind for kind in getattr(config, "layer_types", None) or [])
-        if len(prompts) < 2 or slides:
+        if len(prompts) < 2 or not self._joinable:
             return []
         first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all share
         most = min(len(prompt) for prompt in prompts) - 1
@@ -126,58 +134,84 @@ class HFEngine:
         return first[:count] if count >= _SHARED_TOKENS else []
 
     def _decode(
-        self, model: Any, shared_ids: list[int], prompts: list[Sequence[int]], max_new_tokens: int, end_id: int
-    ) -> list[Generated]:
-        """Greedy decoding of one batch: columns are [shared context P | padding | own tokens L | answer]."""
-        import torch
+        self,
+        model: Any,
+        shared_ids: list[int],
+        prompts: Sequence[Sequence[int]],
+        left: list[int],
+        max_new_tokens: int,
+        end_id: int,
+    ) -> Iterator[tuple[int, Generated]]:
+        """Greedy answers to the prompts that are left, each as soon as it is there.
 
-        from pipeline.models import kv_cache_argument
+        At most `batches.size` rows are in work. Once a quarter of them have ended, prompts that wait take their places;
+        when none waits, rows leave once half of them have ended: copying the KV cache must pay.
+        """
+        context, size = self._context(model, shared_ids), self.batches.size
+        waiting, rows = deque(left), None
+        while waiting or rows is not None:
+            if rows is None or (waiting and self._joinable and 4 * rows.going_on <= 3 * size):
+                if rows is not None:
+                    rows.drop_ended()
+                free = size - (len(rows.prompts) if rows is not None else 0)
+                joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                new = self._read(model, context, joining, [prompts[i][len(shared_ids) :] for i in joining])
+                rows = new if rows is None else rows.joined(new)
+            else:
+                if 2 * rows.going_on <= len(rows.prompts):
+                    rows.drop_ended()
+                rows.step(model, **self._last_logits_only)
+            yield from rows.end(end_id, max_new_tokens)
+            if not rows.going_on:
+                rows = None
 
-        device = self._base.device
-        P, own = len(shared_ids), [list(prompt[len(shared_ids) :]) for prompt in prompts]
-        L = max(map(len, own))
-        cache = self._context(model, shared_ids, len(prompts))
-        ids_BL = torch.tensor([[end_id] * (L - len(ids)) + ids for ids in own], device=device)
-        mask_BC = torch.ones(len(prompts), P + L + max_new_tokens, dtype=torch.long, device=device)
-        for row, ids in enumerate(own):
-            mask_BC[row, P : P + L - len(ids)] = 0
-        positions_BL = (mask_BC[:, : P + L].cumsum(1) - 1).clamp(min=0)[:, P:]
-
-        rows = Rows(len(prompts), end_id)
-        for step in range(max_new_tokens):
-            logits_BV = model(
-                input_ids=ids_BL,
-                attention_mask=mask_BC[:, : P + L + step],
-                position_ids=positions_BL,
-                use_cache=True,
-                **kv_cache_argument(model, cache),
-                **self._last_logits_only,
-            ).logits[:, -1]
-            next_B = logits_BV.argmax(-1)
-            if not rows.add(next_B.tolist()):
-                break
-            ids_BL, positions_BL = next_B[:, None], positions_BL[:, -1:] + 1
-            if (alive := rows.leave()) is not None:
-                keep_B = torch.tensor(alive, device=device)
-                cache.batch_select_indices(keep_B)
-                ids_BL, positions_BL, mask_BC = ids_BL[keep_B], positions_BL[keep_B], mask_BC[keep_B]
-        return rows.answers()
-
-    def _context(self, model: Any, shared_ids: list[int], batch: int) -> Any:
-        """A KV cache that holds the shared context for each row of the batch, or nothing."""
+    def _context(self, model: Any, shared_ids: list[int]) -> "list[tuple[Tensor, Tensor]]":
+        """Keys and values of the shared context, a pair a layer, [1, heads, P, head size]; empty where none is."""
         import torch
         from transformers import DynamicCache
 
         from pipeline.models import kv_cache_argument
 
-        cache: Any = DynamicCache(config=self._base.config)
         if not shared_ids:
-            return cache
+            return []
+        cache: Any = DynamicCache(config=self._base.config)
         ids = torch.tensor([shared_ids], device=self._base.device)
         model(input_ids=ids, use_cache=True, **kv_cache_argument(model, cache), **self._last_logits_only)
-        return DynamicCache(
-            [(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1)) for layer in cache.layers]
-        )
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _read(
+        self, model: Any, context: "list[tuple[Tensor, Tensor]]", prompts: list[int], own: list[Sequence[int]]
+    ) -> "Decoding":
+        """Rows that have read their own tokens after the context, each with the first token of its answer.
+
+        prompts: their numbers. Columns are [shared context P | padding | own tokens], L after the context.
+        """
+        import torch
+        from transformers import DynamicCache
+
+        from pipeline.models import kv_cache_argument
+        from stage3_eval.generate.decoding import Decoding
+
+        device, B, L = self._base.device, len(own), max(map(len, own))
+        P = context[0][0].shape[2] if context else 0
+        if context:
+            cache: Any = DynamicCache([(k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)) for k, v in context])
+        else:
+            cache = DynamicCache(config=self._base.config)
+        ids_BL = torch.tensor([[0] * (L - len(ids)) + list(ids) for ids in own], device=device)
+        mask_BC = torch.ones(B, P + L, dtype=torch.long, device=device)
+        for row, ids in enumerate(own):
+            mask_BC[row, P : P + L - len(ids)] = 0
+        positions_BL = (mask_BC.cumsum(1) - 1).clamp(min=0)[:, P:]
+        logits_BV = model(
+            input_ids=ids_BL,
+            attention_mask=mask_BC,
+            position_ids=positions_BL,
+            use_cache=True,
+            **kv_cache_argument(model, cache),
+            **self._last_logits_only,
+        ).logits[:, -1]
+        return Decoding(prompts, cache, mask_BC, positions_BL[:, -1] + 1, logits_BV.argmax(-1))
 
     def _logprobs(self, model: Any, rows: list[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """The summed log-probability of each row's label after its prompt.

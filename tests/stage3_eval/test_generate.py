@@ -105,7 +105,7 @@ def test_a_shared_context_is_computed_once_and_changes_nothing(model, prompts):
         body.remove()
     assert [ids for ids, _ in answers] == [alone(model, prompt, NEVER) for prompt in long]
     shared = [shape for shape in lengths if shape[1] >= len(context)]
-    assert shared == [(1, shared[0][1])] * 2  # once a batch, for one row
+    assert shared == [(1, shared[0][1])]  # once, for one row
 
 
 def test_prompts_that_are_equal_keep_a_token_of_their_own(model, prompts):
@@ -142,12 +142,12 @@ class Cramped(HFEngine):
 
     room = 2
 
-    def _decode(self, model, shared_ids, prompts, max_new_tokens, end_id):
+    def _read(self, model, context, prompts, own):
         import torch
 
         if len(prompts) > self.room:
             raise torch.OutOfMemoryError(f"tried to allocate room for {len(prompts)}")
-        return super()._decode(model, shared_ids, prompts, max_new_tokens, end_id)
+        return super()._read(model, context, prompts, own)
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(model, prompts, capsys):
@@ -220,3 +220,43 @@ def test_labels_are_weighed_under_an_adapter(model_folder, prompts, adapters):
     for prompt, labels, values in zip(prompts, LABELS, adapted, strict=False):
         assert values == pytest.approx([plain_logprob(merged, prompt, label) for label in labels], abs=1e-3)
     assert engine.label_logprobs(prompts[:3], LABELS, None) == base != adapted
+
+
+def decode_steps(model, run) -> list[int]:
+    """The rows of every forward pass that reads one token a row."""
+    steps = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: steps.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return [rows for rows, columns in steps if columns == 1]
+
+
+def test_prompts_that_wait_take_the_places_of_rows_that_have_ended(model, prompts):
+    """Fewer steps than where each batch runs until its last row has ended, and the same answers."""
+    many = [prompt[: len(prompt) - cut] for cut in range(3) for prompt in prompts]
+    end_id = frequent(HFEngine(model, 4).generate(many, None, NEW, NEVER))
+    expected = [alone(model, prompt, end_id) for prompt in many]
+    engine, found = HFEngine(model, 4), []
+    together = decode_steps(model, lambda: found.extend(engine.generate(many, None, NEW, end_id)))
+    assert [ids for ids, _ in found] == expected
+    longest_first = sorted(many, key=len, reverse=True)
+    batches = [longest_first[i : i + 4] for i in range(0, len(many), 4)]
+    apart = decode_steps(model, lambda: [engine.generate(batch, None, NEW, end_id) for batch in batches])
+    assert max(together) == max(apart) == 4
+    assert len(together) < len(apart)
+
+
+def test_rows_of_a_model_with_a_sliding_window_are_not_joined(prompts, tmp_path):
+    """It measures its window in columns of the cache, so there a batch runs to its end before the next one starts."""
+    layers = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    model = load(toys.tiny_qwen3(tmp_path, **layers))
+    end_id = frequent(HFEngine(model, 4).generate(prompts, None, NEW, NEVER))
+    context = prompts[-1][:20]
+    long = [context + prompt for prompt in prompts]
+    found = HFEngine(model, 3).generate(long, None, NEW, end_id)
+    assert [ids for ids, _ in found] == [alone(model, prompt, end_id) for prompt in long]
+    assert len({len(ids) for ids, _ in found}) > 1
