@@ -99,7 +99,8 @@ def describe(work: Work, lengths: Sequence[int]) -> str:
     prompts = [len(prompt) for prompt in work.prompts]
     return (
         f"{len(prompts)} prompts of {min(prompts)} to {max(prompts)} tokens in batches of {work.batch_size}; "
-        f"answers of {min(lengths)} to {max(lengths)}, {sum(lengths) / len(lengths):.0f} on average, cut at {work.limit}"
+        f"answers of {min(lengths)} to {max(lengths)}, {sum(lengths) / len(lengths):.0f} on average, "
+        f"cut at {work.limit}"
     )
 
 
