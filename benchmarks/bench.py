@@ -30,6 +30,7 @@ SCRIPTS = (  # in the order of the README's table
     "open_many",
     "sampled_bias",
     "stage3_cost",
+    "stage3_vllm",
     "start_up",
     "growth",
 )

@@ -1,15 +1,11 @@
-"""What generating answers costs in stage 3, on transformers (`hf`) and on vLLM, against what one would write oneself.
+"""What generating answers costs in stage 3 on transformers, against what one would write oneself.
 
-    python benchmarks/stage3_cost.py [--engine hf vllm] [--device cuda] [--data FOLDER] [--out FILE]
+    python benchmarks/stage3_cost.py [--device cuda] [--data FOLDER] [--out FILE]
 
-`hf`: against batches of the same size in the order of the data, padded on the left, each run through transformers' own
+Against batches of the same size in the order of the data, padded on the left, each run through transformers' own
 `generate` until its last row is finished, worked examples read again in every row. Both write the same tokens, which
 is asserted. The pocket model writes its own answers. A model with random weights never ends one, so there each answer
-has the length of the example's real one: what the model computes is thrown away and a script says the next token.
-
-`vllm`: five checkpoints of one run answered by one engine, against an engine started for each, in processes of their
-own as a user would start them. It needs an environment with vLLM (see stage3_eval/VLLM.md): `.venv-vllm`, or the
-interpreter that LOGITBANK_VLLM_PYTHON names; without one it is skipped.
+is half as long as the example's real one: what the model computes is thrown away and a script says the next token.
 """
 
 import argparse
@@ -30,7 +26,6 @@ from pipeline.recipe import load_recipe
 from stage3_eval.generate import Generated
 from stage3_eval.generate.hf import HFEngine
 
-ROOT = Path(__file__).parent.parent
 COMMON = {"vocab_size": 151_936, "max_position_embeddings": 40_960, "tie_word_embeddings": True}
 SHAPES = {  # of the Qwen3 with random weights; on a GPU that of Qwen3-1.7B
     "cpu": {
@@ -69,7 +64,6 @@ class Work:
 def main() -> None:
     """Measure, report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--engine", nargs="+", choices=["hf", "vllm"], default=["hf", "vllm"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, help="real texts and tokenizers; LOGITBANK_DATA unless given")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="where models are made")
@@ -81,11 +75,10 @@ def main() -> None:
     args.data = data_folder(args.data)
     rows: list[Row] = []
     conditions: dict[str, Any] = {"device": args.device}
-    if "hf" in args.engine:
-        for work in (*pocket(args), *random_weights(args)):
-            rows += compare(work, args.rounds)
-            lengths = [len(a.ids) for a in HFEngine(work.model, work.batch_size).generate(*call(work))]
-            conditions[work.name] = describe(work, lengths)
+    for work in (*pocket(args), *random_weights(args)):
+        rows += compare(work, args.rounds)
+        lengths = [len(a.ids) for a in HFEngine(work.model, work.batch_size).generate(*call(work))]
+        conditions[work.name] = describe(work, lengths)
     finish("stage3_cost", rows, conditions, args.out)
 
 
@@ -195,8 +188,7 @@ def pocket(args: argparse.Namespace) -> list[Work]:
 
 def random_weights(args: argparse.Namespace) -> list[Work]:
     """A Qwen3 of the real vocabulary on GSM8K's texts, its answers half as long as the real ones."""
-    folder = args.work / "models" / "stage3-mid"
-    _make_model(folder, args.data / "tokenizers" / "qwen", args.device)
+    folder = stage3_model(args.work, args.data, args.device)
     settings = [f"teacher.model={folder}", "teacher.thinking=null", f"data.dir={args.data}", "data.train_limit=1000"]
     experiment = Experiment(load_recipe("gsm8k-qwen3", settings))
     builder, shots = experiment.teacher_prompts, experiment.training_set.shots
@@ -216,13 +208,17 @@ def random_weights(args: argparse.Namespace) -> list[Work]:
     return works
 
 
-def _make_model(folder: Path, tokenizer: Path, device: str) -> None:
+def stage3_model(work: Path, data: Path, device: str) -> Path:
+    """The folder of the Qwen3 with random weights, made where it is not there yet."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = AutoConfig.for_model("qwen3", **SHAPES[device])
-    torch.manual_seed(0)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    folder = work / "models" / f"stage3-{device}"
+    if not (folder / "config.json").is_file():
+        config = AutoConfig.for_model("qwen3", **SHAPES[device])
+        torch.manual_seed(0)
+        AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen").save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
 class Script:
