@@ -37,7 +37,7 @@ class HFEngine:
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
         self.batches = Batches(batch_size)
-        self.chunk = 4 * batch_size  # so that three in four prompts find a batch in work to join
+        self.chunk = 8 * batch_size  # so that seven in eight prompts find a batch in work to join
         self.provenance: dict[str, Any] = {"engine": "hf", "batch_size": batch_size}
         self._base = model
         self._peft: Any = None
@@ -144,13 +144,13 @@ class HFEngine:
     ) -> Iterator[tuple[int, Generated]]:
         """Greedy answers to the prompts that are left, each as soon as it is there.
 
-        At most `batches.size` rows are in work. Once a quarter of them have ended, prompts that wait take their places;
+        At most `batches.size` rows are in work. Once an eighth of them have ended, prompts that wait take their places;
         when none waits, rows leave once half of them have ended: copying the KV cache must pay.
         """
         context, size = self._context(model, shared_ids), self.batches.size
         waiting, rows = deque(left), None
         while waiting or rows is not None:
-            if rows is None or (waiting and self._joinable and 4 * rows.going_on <= 3 * size):
+            if rows is None or (waiting and self._joinable and 8 * rows.going_on <= 7 * size):
                 if rows is not None:
                     rows.drop_ended()
                 free = size - (len(rows.prompts) if rows is not None else 0)
