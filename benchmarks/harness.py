@@ -120,7 +120,7 @@ def machine() -> dict[str, Any]:
     packages = ("torch", "transformers", "pyarrow", "numpy")
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
