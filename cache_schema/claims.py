@@ -30,18 +30,16 @@ class Claims:
         """Claim a shard, or renew a claim; False while somebody else, alive as far as we know, has it."""
         path = self._layout.claim(shard)
         path.parent.mkdir(exist_ok=True)
-        mine = json.dumps(self._me).encode()
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
+        temporary.write_bytes(json.dumps(self._me).encode())
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            os.link(temporary, path)  # whole or not at all: an empty claim would seem to be somebody's
         except FileExistsError:
             if not self._renewable(path):
                 return False
-            temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
-            temporary.write_bytes(mine)
             temporary.rename(path)
-            return True
-        with os.fdopen(fd, "wb") as file:
-            file.write(mine)
+        finally:
+            temporary.unlink(missing_ok=True)
         return True
 
     def release(self, shard: int) -> None:

@@ -249,6 +249,23 @@ def test_claims_end_with_the_commit(toy, tmp_path):
     assert not writer.claim(1)
 
 
+def test_a_process_that_dies_while_it_claims_leaves_no_claim(toy, tmp_path, monkeypatch):
+    """Half a claim would name nobody, and so keep others off the shard until it is stale."""
+    writer, other = toy.writer(tmp_path / "c"), toy.writer(tmp_path / "c")
+
+    def die(self, data):
+        self.touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Path, "write_bytes", die)
+        with pytest.raises(KeyboardInterrupt):
+            writer.claim(0)
+    assert not (tmp_path / "c" / "claims" / "00000").exists()
+    other._claims._me = {"host": "elsewhere", "pid": 7}
+    assert other.claim(0)
+
+
 def test_claim_of_a_dead_process_is_taken_over(toy, tmp_path):
     writer = toy.writer(tmp_path / "c")
     dead = subprocess.Popen([sys.executable, "-c", ""])
