@@ -73,18 +73,9 @@ def capture(model: Path, data: Path, work: Path, rows: int) -> tuple[Manifest, l
     settings = {"teacher.model": model, "students.qwen3.model": model, "data.dir": held_out.parent}
     settings |= {"teacher.dtype": "float32", "teacher.thinking": "null", "cache.shard_examples": rows}
     experiment = Experiment(load_recipe("gsm8k-qwen3", [f"{key}={value}" for key, value in settings.items()]))
-    recipe, training = experiment.recipe, experiment.training_set
     manifest, vocabulary = planned(experiment, ["benchmarks/cache_bytes.py"])
-    stage1 = Capture(
-        load_teacher(recipe, lambda: 0),
-        experiment.teacher_prompts,
-        training.shots,
-        recipe.cache.top_k,
-        recipe.cache.temperatures,
-        recipe.cache.step,
-        recipe.runtime.batch_tokens,
-    )
-    return manifest, vocabulary, *stage1.shard(training.cached)
+    stage1 = Capture.of(experiment, load_teacher(experiment.recipe, lambda: 0))
+    return manifest, vocabulary, *stage1.shard(experiment.training_set.cached)
 
 
 def write(

@@ -87,19 +87,10 @@ def capture(settings: list[str], rank: int, world: int, ready: Any, seconds: Any
     from stage1_teacher.teacher import load_teacher
 
     experiment = Experiment(load_recipe("pocket", settings))
-    recipe, cached = experiment.recipe, experiment.training_set.cached
-    teacher = load_teacher(recipe, lambda: 0)
+    cached, teacher = experiment.training_set.cached, load_teacher(experiment.recipe, lambda: 0)
     manifest, vocabulary = planned(experiment, ["benchmarks"])
     writer = CacheWriter.open(experiment.cache_dir, manifest, vocabulary)
-    engine = Capture(
-        teacher,
-        experiment.teacher_prompts,
-        experiment.training_set.shots,
-        recipe.cache.top_k,
-        recipe.cache.temperatures,
-        recipe.cache.step,
-        recipe.runtime.batch_tokens,
-    )
+    engine = Capture.of(experiment, teacher)
     first, missing = rank * manifest.shards // world, writer.missing()
     ready.wait()
     started = time.perf_counter()

@@ -21,7 +21,7 @@ from typing import Any
 
 import stand_ins
 import torch
-from harness import Row, finish, side_by_side
+from harness import Row, side_by_side
 from torch import Tensor
 
 from cache_schema.writer import CacheWriter
@@ -32,6 +32,7 @@ from stage1_teacher.capture import Capture, run_shards
 from stage1_teacher.teacher import load_teacher
 from stage1_teacher.topk import select_top_k
 
+MODELS = {"cpu": ["pocket", "mid"], "cuda": ["qwen3-1.7b"]}
 OWN_TOKENS = 250
 # (examples of a round, of a shard, tokens of a batch, whole sequences read plainly, and together). On a processor the
 # batches of a small shard are cut so small that their padding is that of the recipe's (256 examples, 4,096 tokens).
@@ -55,17 +56,7 @@ class Teaching:
 
     def stage1(self) -> Callable[[], None]:
         """Capture and commit every example, in a new cache each time."""
-        recipe, folder = self.recipe, self.experiment.cache_dir
-        capture = Capture(
-            self.teacher,
-            self.experiment.teacher_prompts,
-            self.experiment.training_set.shots,
-            recipe.cache.top_k,
-            recipe.cache.temperatures,
-            recipe.cache.step,
-            recipe.runtime.batch_tokens,
-            recipe.cache.store_ids,
-        )
+        folder, capture = self.experiment.cache_dir, Capture.of(self.experiment, self.teacher)
 
         def run() -> None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -184,16 +175,5 @@ def _medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: round(sorted(found)[len(found) // 2], 4) for name, found in times.items()}
 
 
-def main() -> int:
-    """Measure every model asked for."""
-    args = stand_ins.arguments(__doc__, {"cpu": ["pocket", "mid"], "cuda": ["qwen3-1.7b"]}, rounds=3)
-    rows, conditions = [], {}
-    for name in args.model:
-        found, conditions[name] = measure(name, args)
-        rows += found
-    finish("stage1_cost", rows, conditions, args.out)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(stand_ins.run("stage1_cost", __doc__, measure, MODELS, rounds=3))

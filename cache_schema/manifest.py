@@ -64,7 +64,7 @@ class Manifest:
     top_k: int  # K, the ids kept of a position or, for `sampled`, its draws: ids drawn again share a slot
     vocab_size: int  # V, the width of the teacher's output; K <= V
     temperatures: tuple[float, ...]  # the T of logsumexp and log_tail
-    step: float  # logit units per integer of `gaps`; a power of two
+    step: float  # logit units of a level; a power of two
     codec: str  # one of CODECS
     store_ids: bool  # whether token_ids are kept
     examples: int  # input examples, quarantined ones included

@@ -28,7 +28,7 @@ from cache_schema.record import CommitRecord
 from cache_schema.schema import CacheRow, Columns, Status
 from cache_schema.table import ARROW_SCHEMA, RowGroup, encode_row, flat, to_table
 
-GROUP_VALUES = 1 << 22  # numbers of `gaps` in a row group: 16 MiB decoded, what one random read costs
+GROUP_VALUES = 1 << 22  # logits in a row group: 16 MiB decoded, what one random read costs
 
 _ENCODINGS = {
     **dict.fromkeys(("example_id", "prompt", "answer"), "PLAIN"),
@@ -108,7 +108,7 @@ def _order(rows: Sequence[CacheRow], manifest: Manifest) -> tuple[NDArray[np.int
 
 
 def _groups(rows: Sequence[CacheRow], top_k: int) -> Iterator[range]:
-    """Consecutive rows of about GROUP_VALUES gaps: a read costs the same whatever the K and the lengths."""
+    """Consecutive rows of about GROUP_VALUES logits: a read costs the same whatever the K and the lengths."""
     start = values = 0
     for i, row in enumerate(rows):
         size = len(row.answer_ids) * top_k

@@ -64,20 +64,9 @@ def fill(experiment: "Experiment", command: Sequence[str]) -> int:
             example for s in missing for example in examples[s * manifest.shard_examples :][: manifest.shard_examples]
         ]
         teacher = load_teacher(recipe, lambda: _longest(experiment, todo))
-        capture = Capture(
-            teacher,
-            experiment.teacher_prompts,
-            experiment.training_set.shots,
-            recipe.cache.top_k,
-            recipe.cache.temperatures,
-            recipe.cache.step,
-            recipe.runtime.batch_tokens,
-            recipe.cache.store_ids,
-            recipe.cache.sample_seed if recipe.cache.selector == "sampled" else None,
-        )
         with progress("stage 1", len(examples), "examples", done=len(examples) - len(todo)) as bar:
             run_shards(
-                capture,
+                Capture.of(experiment, teacher),
                 examples,
                 writer,
                 _claimed(writer, missing),

@@ -18,6 +18,7 @@ from cache_schema.schema import CacheRow, QuarantinedExample, Status
 from cache_schema.writer import CacheWriter
 from pipeline.data import Shots
 from pipeline.errors import UserError
+from pipeline.fingerprint import Experiment
 from pipeline.prompts import Encoded, PromptBuilder
 from pipeline.tasks import Example
 from stage1_teacher.sampling import sample, uniforms
@@ -49,6 +50,22 @@ class Capture:
     batch_tokens: int
     store_ids: bool = True
     sample_seed: int | None = None
+
+    @classmethod
+    def of(cls, experiment: Experiment, teacher: Teacher) -> "Capture":
+        """As the experiment's recipe has it."""
+        recipe, cache = experiment.recipe, experiment.recipe.cache
+        return cls(
+            teacher,
+            experiment.teacher_prompts,
+            experiment.training_set.shots,
+            cache.top_k,
+            cache.temperatures,
+            cache.step,
+            recipe.runtime.batch_tokens,
+            cache.store_ids,
+            cache.sample_seed if cache.selector == "sampled" else None,
+        )
 
     def shard(
         self, examples: Sequence[Example], report: Callable[[int], None] = lambda done: None

@@ -4,6 +4,7 @@ Shape suffixes: B sequences, L tokens (E where the encoder reads them), H hidden
 vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,19 +73,21 @@ class Teacher(Protocol):
         ...
 
 
-class FullLogitsTeacher:
+class FullLogitsTeacher(ABC):
     """A teacher in this process, whose full logits are at hand."""
 
-    model: Any = None
+    model: Any
+    vocab_size: int
+    window: int | None
 
     @property
     def provenance(self) -> dict[str, Any]:
         """See Teacher."""
         return placement(self.model)
 
+    @abstractmethod
     def answer_logits(self, batch: Sequence[TeacherInput], context_ids: Sequence[int]) -> Iterator[Tensor]:
         """Float32 logits_NV of all wanted rows of the batch, in order, in chunks of some rows."""
-        raise NotImplementedError
 
     def top_k(
         self, batch: Sequence[TeacherInput], context_ids: Sequence[int], k: int, temperatures: Sequence[float]

@@ -30,7 +30,7 @@ def examples(count):
 class CountingTeacher(FullLogitsTeacher):
     """A teacher whose logits say what they were read from: after token t, id t + 1 is the likeliest, then t + 2."""
 
-    vocab_size = 320
+    model, vocab_size = None, 320
 
     def __init__(self, window=None, fail=None):
         self.window, self.fail, self.batches = window, fail or (lambda batch: None), []
