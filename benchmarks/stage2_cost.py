@@ -1,6 +1,6 @@
 """A training step from the cache, against the same step without a teacher and with one that reads along.
 
-    python benchmarks/stage2_cost.py [--model pocket mid] [--device cpu] [--data FOLDER] [--rounds 7]
+    python benchmarks/stage2_cost.py [--model pocket pocket-uld mid] [--device cpu] [--data FOLDER] [--rounds 5]
 
 `distill` and `sft` are the recipe's arms, run by the trainer's own steps, prefetch included. The online step is the
 same step on the same student, batch and losses, but for where the teacher's numbers come from:
@@ -21,7 +21,7 @@ from typing import Any
 import stand_ins
 import torch
 from accelerate import Accelerator
-from harness import Row, finish, side_by_side
+from harness import Row, side_by_side
 from torch import Tensor
 
 from cache_schema.reader import CacheReader
@@ -272,16 +272,5 @@ def measure(name: str, args: Namespace) -> tuple[list[Row], dict[str, Any]]:
     }
 
 
-def main() -> int:
-    """Measure every model asked for."""
-    args = stand_ins.arguments(__doc__)
-    rows, conditions = [], {}
-    for name in args.model:
-        found, conditions[name] = measure(name, args)
-        rows += found
-    finish("stage2_cost", rows, conditions, args.out)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(stand_ins.run("stage2_cost", __doc__, measure, stand_ins.MEASURED, rounds=5))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import stand_ins
 import torch
 from harness import Row, data_folder, finish, side_by_side
 
@@ -26,27 +27,8 @@ from pipeline.recipe import load_recipe
 from stage3_eval.generate import Generated
 from stage3_eval.generate.hf import HFEngine
 
-COMMON = {"vocab_size": 151_936, "max_position_embeddings": 40_960, "tie_word_embeddings": True}
-SHAPES = {  # of the Qwen3 with random weights; on a GPU that of Qwen3-1.7B
-    "cpu": {
-        **COMMON,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    },
-    "cuda": {
-        **COMMON,
-        "hidden_size": 2_048,
-        "intermediate_size": 6_144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-}
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+SHAPE = {"cpu": "small", "cuda": "qwen3-1.7b"}  # of the Qwen3 with random weights
 
 
 @dataclass(frozen=True)
@@ -192,8 +174,7 @@ def random_weights(args: argparse.Namespace) -> list[Work]:
     settings = [f"teacher.model={folder}", "teacher.thinking=null", f"data.dir={args.data}", "data.train_limit=1000"]
     experiment = Experiment(load_recipe("gsm8k-qwen3", settings))
     builder, shots = experiment.teacher_prompts, experiment.training_set.shots
-    dtype = "bfloat16" if args.device == "cuda" else "float32"
-    model = load_causal_lm(locate(str(folder)), dtype, "none", torch.device(args.device))
+    model = load_causal_lm(locate(str(folder)), DTYPE[args.device], "none", torch.device(args.device))
     examples, limit = experiment.training_set.cached[: args.prompts], experiment.recipe.eval.max_new_tokens // 2
     lengths = [min(limit, len(builder.encode(e.prompt, e.answer).answer_ids) // 2) for e in examples]
     assert builder.end_id is not None
@@ -210,15 +191,7 @@ def random_weights(args: argparse.Namespace) -> list[Work]:
 
 def stage3_model(work: Path, data: Path, device: str) -> Path:
     """The folder of the Qwen3 with random weights, made where it is not there yet."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    folder = work / "models" / f"stage3-{device}"
-    if not (folder / "config.json").is_file():
-        config = AutoConfig.for_model("qwen3", **SHAPES[device])
-        torch.manual_seed(0)
-        AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen").save_pretrained(folder)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return stand_ins.make_model(work, data, SHAPE[device], ("qwen", "decoder"), DTYPE[device])
 
 
 class Script:

@@ -1,7 +1,7 @@
 """What the benchmarks of stages 1 and 2 run on: true shapes with random weights, real texts, the recipes' own settings.
 
-    args = stand_ins.arguments(__doc__)                                # --model --device --data --work --out
-    experiment = stand_ins.experiment("mid", args, rows=48)            # a recipe whose models and rows are on disk
+    stand_ins.run("stage2_cost", __doc__, measure, MEASURED, rounds=5)  # --model --device --data --work --rounds --out
+    experiment = stand_ins.experiment("mid", args, rows=48)             # a recipe whose models and rows are on disk
 
 Time and memory do not depend on what the weights say, so no download is needed. `mid` is what a processor can do: a
 Qwen3 with the vocabulary of the large ones, whose body and head cost 44 and 78 MFLOP a token (Qwen3-1.7B: 2,800 and
@@ -14,12 +14,13 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Row, finish
 
 from pipeline.fingerprint import Experiment
 from pipeline.models import EMBEDDED_DIR
@@ -35,6 +36,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # model -> (type, what diffe
             "hidden_size": 256,
             "intermediate_size": 1_536,
             "num_hidden_layers": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+        },
+    ),
+    "small": (  # what writes whole answers in stage 3, a token at a time
+        "qwen3",
+        {
+            **QWEN3,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 64,
@@ -118,11 +131,17 @@ PAIRS = {
     "pythia-410m": _taught_by_t5("pythia-410m", "gpt-neox-20b"),
     "smollm-360m": _taught_by_t5("smollm-360m", "smollm2"),
 }
-MEASURED = {"cpu": ("pocket", "mid"), "cuda": ("qwen3-1.7b", "gpt2-medium", "pythia-410m", "smollm-360m")}
+MEASURED = {"cpu": ("pocket", "pocket-uld", "mid"), "cuda": ("qwen3-1.7b", "gpt2-medium", "pythia-410m", "smollm-360m")}
 
 
-def arguments(doc: str | None, models: Mapping[str, Sequence[str]] = MEASURED, rounds: int = 5) -> argparse.Namespace:
-    """The options that the benchmarks share. `models`: by device, those measured unless others are given."""
+Measure = Callable[[str, argparse.Namespace], tuple[list[Row], dict[str, Any]]]
+
+
+def run(name: str, doc: str | None, measure: Measure, models: Mapping[str, Sequence[str]], rounds: int) -> int:
+    """The `main` of a benchmark: `measure` every model asked for, its rows and conditions; report.
+
+    models: by device, those measured unless others are given.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--model", nargs="+", choices=PAIRS, metavar="NAME", help=f"of {', '.join(PAIRS)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -132,8 +151,12 @@ def arguments(doc: str | None, models: Mapping[str, Sequence[str]] = MEASURED, r
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.data = args.data or (Path(os.environ["LOGITBANK_DATA"]) if os.environ.get("LOGITBANK_DATA") else None)
-    args.model = args.model or list(models[args.device])
-    return args
+    rows, conditions = [], {}
+    for model in args.model or models[args.device]:
+        found, conditions[model] = measure(model, args)
+        rows += found
+    finish(name, rows, conditions, args.out)
+    return 0
 
 
 def experiment(
@@ -151,7 +174,10 @@ def experiment(
         return Experiment(load_recipe(pair.recipe, [f"cache.dir={work / 'cache'}", *changes]))
     assert pair.student is not None
     (teacher, student), (theirs, ours) = (pair.teacher, pair.student), pair.tokenizers
-    folders = [_model(args, model, tokenizer, dtype) for model, tokenizer in ((teacher, theirs), (student, ours))]
+    folders = [
+        make_model(args.work, args.data, model, tokenizer, dtype)
+        for model, tokenizer in ((teacher, theirs), (student, ours))
+    ]
     lora = "{r: 16, alpha: 32, dropout: 0.0, targets: all-linear}"
     changes += [
         f"teacher.model={folders[0]}",
@@ -190,12 +216,12 @@ def own_lengths(experiment: Experiment) -> tuple[float, float]:
     return own / len(found), sum(len(e.answer_ids) for e in found) / len(found)
 
 
-def _model(args: argparse.Namespace, name: str, tokenizer: tuple[str, str], dtype: str) -> Path:
-    """A model of this shape with random weights and a tokenizer beside it, made once."""
+def make_model(work: Path, data: Path | None, name: str, tokenizer: tuple[str, str], dtype: str) -> Path:
+    """The folder of a model of this shape with random weights, and a tokenizer beside it; made once."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    real = args.data / "tokenizers" / tokenizer[0] if args.data else None
-    folder: Path = args.work / "models" / f"{name}-{dtype}-{tokenizer[0] if real else tokenizer[1]}"
+    real = data / "tokenizers" / tokenizer[0] if data else None
+    folder = work / "models" / f"{name}-{dtype}-{tokenizer[0] if real else tokenizer[1]}"
     if not (folder / "config.json").is_file():
         kind, differing = CONFIGS[name]
         config = AutoConfig.for_model(kind, **differing)

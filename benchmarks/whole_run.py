@@ -16,7 +16,7 @@ from argparse import Namespace
 from typing import Any
 
 import stand_ins
-from harness import Row, finish, side_by_side
+from harness import Row, side_by_side
 from stage1_cost import Teaching
 from stage2_cost import Training
 
@@ -53,16 +53,5 @@ def measure(name: str, args: Namespace) -> tuple[list[Row], dict[str, Any]]:
     }
 
 
-def main() -> int:
-    """Measure every model asked for."""
-    args = stand_ins.arguments(__doc__, {"cpu": ["mid"], "cuda": ["qwen3-1.7b"]}, rounds=3)
-    rows, conditions = [], {}
-    for name in args.model:
-        found, conditions[name] = measure(name, args)
-        rows += found
-    finish("whole_run", rows, conditions, args.out)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(stand_ins.run("whole_run", __doc__, measure, {"cpu": ["mid"], "cuda": ["qwen3-1.7b"]}, rounds=3))
