@@ -28,17 +28,18 @@ def publish(path: Path, data: bytes | memoryview) -> None:
 def create(path: Path, data: bytes | memoryview) -> bool:
     """Write a file only if nothing has its name; whether we did. Raises OSError; nothing is left behind."""
     with _temporary(path, data) as temporary:
+        created = True
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # NFS may repeat a request that had succeeded: the name is then taken, by ourselves.
-            created = path.exists() and temporary.samefile(path)
+            created = False
+            with suppress(FileNotFoundError):  # the winner sealed the cache and swept our temporary file
+                # NFS may repeat a request that had succeeded: the name is then taken, by ourselves.
+                created = temporary.samefile(path)
         except FileNotFoundError:  # our temporary file was swept, by a process that found all work done
             if not path.exists():
                 raise
             created = False
-        else:
-            created = True
         sync_folder(path.parent)  # by the loser too: what it now relies on must last
         return created
 

@@ -180,6 +180,24 @@ def test_processes_race_for_every_record(make_toy, tmp_path):
     assert not list(folder.rglob(".tmp-*")) and not (folder / "claims").exists()
 
 
+def test_the_winner_may_sweep_the_losers_seal_at_any_moment(toy, tmp_path, monkeypatch):
+    """Two seal at once: one creates sealed.json and tidies up between the other's attempt and its look at why."""
+    folder, link = tmp_path / "c", os.link
+    writer, winner = toy.writer(folder), toy.writer(folder)
+    for shard in range(writer.manifest.shards):
+        toy.commit(writer, shard)
+
+    def beaten(source, path):
+        monkeypatch.setattr(os, "link", link)
+        seals.append(winner.seal())
+        source.unlink(missing_ok=True)
+        raise FileExistsError(errno.EEXIST, "beaten", str(source))
+
+    seals = []
+    monkeypatch.setattr(os, "link", beaten)
+    assert [writer.seal()] == seals and verify(folder).complete
+
+
 def test_loser_takes_the_winners_record(toy, tmp_path, monkeypatch):
     """Another writer commits just before our record: its record is returned, our file goes, in that order."""
     folder = tmp_path / "c"
