@@ -83,7 +83,8 @@ def capture(settings: list[str], rank: int, world: int, ready: Any, seconds: Any
     torch.set_num_threads(1)
     from cache_schema.writer import CacheWriter
     from stage1_teacher.__main__ import planned
-    from stage1_teacher.capture import Capture, run_shards
+    from stage1_teacher.capture import Capture
+    from stage1_teacher.executor import run_shards
     from stage1_teacher.teacher import load_teacher
 
     experiment = Experiment(load_recipe("pocket", settings))

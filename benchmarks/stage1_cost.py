@@ -28,7 +28,8 @@ from cache_schema.writer import CacheWriter
 from pipeline.fingerprint import Experiment
 from pipeline.models import kv_cache_argument
 from stage1_teacher.__main__ import planned
-from stage1_teacher.capture import Capture, run_shards
+from stage1_teacher.capture import Capture
+from stage1_teacher.executor import run_shards
 from stage1_teacher.teacher import load_teacher
 from stage1_teacher.topk import select_top_k
 

@@ -46,7 +46,8 @@ def fill(experiment: "Experiment", command: Sequence[str]) -> int:
     from cache_schema.writer import CacheWriter
     from pipeline.models import provenance
     from pipeline.progress import progress
-    from stage1_teacher.capture import Capture, run_shards
+    from stage1_teacher.capture import Capture
+    from stage1_teacher.executor import run_shards
     from stage1_teacher.teacher import load_teacher
 
     recipe, examples = experiment.recipe, experiment.training_set.cached

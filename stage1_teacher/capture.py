@@ -1,12 +1,10 @@
 """The capture loop: examples in, cache rows out, shard by shard.
 
 A shard is the unit of work, independent and idempotent: its batches are made inside it, so doing it again gives the
-same bytes on the same hardware, thread count and batch plan. Rows are encoded and written by a thread of their own
-while the teacher computes the next shard; that thread's failure stops the loop.
+same bytes on the same hardware, thread count and batch plan. Called by `executor`, which hands out the shards.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 
 from cache_schema.codec import usable_positions
 from cache_schema.schema import CacheRow, QuarantinedExample, Status
-from cache_schema.writer import CacheWriter
 from pipeline.data import Shots
 from pipeline.errors import UserError
 from pipeline.fingerprint import Experiment
@@ -88,8 +85,13 @@ class Capture:
         rows: dict[str, CacheRow] = {}
         for context, group in self._by_context(jobs):
             for batch in token_budget_batches(group, len(context), self.batch_tokens):
-                for job, kept in zip(batch, self._run(batch, context), strict=True):
-                    rows[job.example.id] = self._row(job, kept)
+                try:
+                    for job, kept in zip(batch, self._run(batch, context), strict=True):
+                        rows[job.example.id] = self._row(job, kept)
+                except Exception as error:
+                    first, *others = (job.example.id for job in batch)
+                    error.add_note(f"in the batch of {first}" + (f" and {len(others)} more" if others else ""))
+                    raise
                 report(len(batch))
         return [rows[example.id] for example in examples if example.id in rows], quarantined
 
@@ -237,38 +239,6 @@ def token_budget_batches(jobs: Sequence[_Job], skipped: int, budget: int) -> Ite
         longest = np.maximum(longest, own)
     if batch:
         yield batch
-
-
-def run_shards(
-    capture: Capture,
-    examples: Sequence[Example],
-    writer: CacheWriter,
-    shards: Iterator[int],
-    provenance: dict[str, Any],
-    report: Callable[[int], None],
-) -> int:
-    """Capture and commit the shards that `shards` hands out; returns how many. Encoding and writing overlap compute.
-
-    The claim on a shard is renewed with every batch, so that a slow shard is not taken for an abandoned one.
-    """
-    size = writer.manifest.shard_examples
-    done = 0
-    pending: Future[Any] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
-        for shard in shards:
-
-            def renew(finished: int, shard: int = shard) -> None:
-                writer.claim(shard)
-                report(finished)
-
-            rows, quarantined = capture.shard(examples[shard * size : (shard + 1) * size], renew)
-            if pending is not None:
-                pending.result()  # raises here what went wrong there
-            pending = pool.submit(writer.commit, shard, rows, quarantined, provenance | capture.teacher.provenance)
-            done += 1
-        if pending is not None:
-            pending.result()
-    return done
 
 
 def _on_cpu(kept: TopK, with_ids: bool) -> TopK:

@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 from pipeline.models import ModelSource, load_causal_lm
 from pipeline.prompts import PromptBuilder
 from pipeline.tasks import Example
-from stage1_teacher.capture import Capture, run_shards
+from stage1_teacher.capture import Capture
+from stage1_teacher.executor import run_shards
 from stage1_teacher.teacher import CausalTeacher, FullLogitsTeacher
 
 NO_SHOTS = Shots(0, "shared", 0, {})
