@@ -1,0 +1,284 @@
+"""What the crash tests share: processes made by the dozen, and strace, which kills them at a system call of our choice.
+
+    with ForkServer("def run(folder): ...", log) as server:      # imports once, then forks a child for each run
+        child = server.start(folder)
+        child.release()                                          # until then it waits
+        code = child.wait()                                      # -9 when it was killed; what it printed: child.output()
+    points = trace(server, [folder], folder)                     # every call of a run that changes something in `folder`
+    outcome = inject(server, [folder], folder, points[7], "signal=SIGKILL")
+
+SIGKILL injected at the entry of a call ends the process before the call has taken effect, so killing at all points in
+turn leaves every state that a crash between two calls can leave: after one call is before the next.
+"""
+
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+TOY_OF_THE_CACHE = ROOT / "tests" / "cache_schema" / "conftest.py"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+LOAD_TOY = f"""
+import importlib.util, os, sys, time
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("toys_of_the_cache", {str(TOY_OF_THE_CACHE)!r})
+module = sys.modules["toys_of_the_cache"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+Toy = module.Toy
+"""
+
+_SERVE = """
+import json, os, sys, traceback
+
+def _child(gate, log, arguments):
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 1)
+    os.dup2(1, 2)
+    code = 1
+    try:
+        os.read(gate, 1)
+        code = run(*arguments) or 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # where every write is refused, the exit code has to do
+                pass
+        os._exit(code)
+
+print("ready", flush=True)
+for _order in sys.stdin:
+    _order = json.loads(_order)
+    if "start" in _order:
+        _read, _write = os.pipe()
+        _pid = os.fork()
+        if _pid == 0:
+            os.close(_write)
+            _child(_read, _order["log"], _order["start"])
+        os.close(_read)
+        print(json.dumps([_pid, _write]), flush=True)
+    elif "release" in _order:
+        os.write(_order["release"], b"x")
+        os.close(_order["release"])
+        print("released", flush=True)
+    else:
+        print(os.waitstatus_to_exitcode(os.waitpid(_order["wait"], 0)[1]), flush=True)
+"""
+
+
+class ForkServer:
+    """A Python process that runs `setup` once, which defines `run(*strings)`, and forks a child for each run of it."""
+
+    def __init__(self, setup: str, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._started = 0
+        self._errors = (folder / "server.log").open("w+")
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", setup + _SERVE],
+            cwd=ROOT,
+            env=ENV,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        assert self.answer(120) == "ready", (folder / "server.log").read_text()
+
+    def start(self, *arguments: object) -> "Child":
+        """A child that waits to be released."""
+        self._started += 1
+        log = self._folder / f"child-{self._started}.log"
+        pid, gate = json.loads(self.order({"start": list(map(str, arguments)), "log": str(log)}))
+        return Child(self, pid, gate, log)
+
+    def order(self, order: dict[str, object], timeout_s: float = 60) -> str | None:
+        """Send one line, and read the answer; None when there is none in time."""
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(order).encode() + b"\n")
+        self._server.stdin.flush()
+        return self.answer(timeout_s)
+
+    def answer(self, timeout_s: float) -> str | None:
+        """The next line from the server, byte by byte: `select` does not see what a buffer holds."""
+        assert self._server.stdout is not None
+        fd, line = self._server.stdout.fileno(), b""
+        while not line.endswith(b"\n"):
+            if not select.select([fd], [], [], timeout_s)[0]:
+                return None
+            byte = os.read(fd, 1)
+            if not byte:
+                raise AssertionError(f"the server died: {(self._folder / 'server.log').read_text()}")
+            line += byte
+        return line.decode().strip()
+
+    def __enter__(self) -> "ForkServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.kill()
+        self._server.wait()
+        self._server.stdout.close()
+        self._errors.close()
+
+
+@dataclass
+class Child:
+    """One forked run."""
+
+    server: ForkServer
+    pid: int
+    gate: int
+    log: Path
+
+    def release(self) -> None:
+        """Let it go."""
+        self.server.order({"release": self.gate})
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; it may be over, but is not forgotten until it has been waited for."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float = 60) -> int:
+        """Its exit code, minus the signal's number when one ended it. One that hangs is killed, and fails the test."""
+        code = self.server.order({"wait": self.pid}, timeout_s)
+        if code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.server.answer(10)
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output()}")
+        return int(code)
+
+    def output(self) -> str:
+        """What it has printed."""
+        return self.log.read_text(errors="replace")
+
+
+# --- strace ----------------------------------------------------------------------------------------------------------
+
+# Everything by which a process can change a folder, or rely on its being on the disk.
+CALLS = (
+    "openat creat write pwrite64 writev pwritev ftruncate truncate fallocate fsync fdatasync sync_file_range "
+    "rename renameat renameat2 link linkat symlink symlinkat unlink unlinkat mkdir mkdirat rmdir "
+    "copy_file_range sendfile"
+).split()
+_TRACE = ",".join(f"?{call}" for call in CALLS)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One system call of a run: the `nth` call of this name, in the thread that is traced, and what it does where."""
+
+    call: str
+    nth: int
+    line: str  # with the folder and all that differs from run to run taken out
+
+    def __str__(self) -> str:
+        return f"{self.call} {self.nth}: {self.line}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a tampered run ended."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+class NotHit(AssertionError):
+    """The run never came to the call that was meant, or it was another one there."""
+
+    def __init__(self, message: str, outcome: Outcome) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+def needs_strace() -> None:
+    """Skip the test where strace is not installed or may not look at our processes."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    if subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("strace may not trace processes here")
+
+
+def trace(server: ForkServer, arguments: Sequence[object], folder: Path, ignore: str = "(?!)") -> list[Point]:
+    """Run once undisturbed; every call of its main thread that changes something in `folder`, in order.
+
+    ignore: a pattern of lines that are nobody's concern.
+    """
+    child, lines = _traced(server, arguments, [], 120)
+    assert child.code == 0, child.output
+    return [point for point in _points(lines, folder) if not re.search(ignore, point.line)]
+
+
+def inject(
+    server: ForkServer, arguments: Sequence[object], folder: Path, point: Point, what: str, lasting: bool = False
+) -> Outcome:
+    """Run again with something injected at a point, such as `signal=SIGKILL` or `error=ENOSPC`; what came of it.
+
+    lasting: at every later call of the same name as well. Raises NotHit when the call hit is not the one meant.
+    """
+    tamper = ["-e", f"inject={point.call}:{what}:when={point.nth}{'+' * lasting}"]
+    outcome, lines = _traced(server, arguments, tamper, 120)
+    meant = [p for p in _points(lines, folder) if (p.call, p.nth) == (point.call, point.nth)]
+    if [p.line for p in meant] != [point.line]:
+        raise NotHit(f"meant {point}, hit {meant}\n{outcome.output}", outcome)
+    return outcome
+
+
+def _traced(
+    server: ForkServer, arguments: Sequence[object], tamper: Sequence[str], timeout_s: float
+) -> tuple[Outcome, list[str]]:
+    child = server.start(*arguments)
+    log = child.log.with_suffix(".strace")
+    command = ["strace", "-y", "-s", "0", "-o", str(log), "-e", f"trace={_TRACE}", *tamper, "-p", str(child.pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        attached = strace.stderr.readline()
+        if "attached" not in attached:
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+            pytest.skip(f"strace cannot attach to a process here: {attached.strip()}")
+        started = time.monotonic()
+        child.release()
+        code = child.wait(timeout_s)
+        seconds = time.monotonic() - started
+        strace.wait(30)
+    return Outcome(code, child.output(), seconds), log.read_text(errors="replace").splitlines()
+
+
+_CALL = re.compile(r"(\w+)\((.*)")
+_TEMPORARY = re.compile(r"\.tmp-[^/\s]*")  # its name has the process and random digits
+
+
+def _points(lines: Sequence[str], folder: Path) -> list[Point]:
+    counts: dict[str, int] = {}
+    found = []
+    for line in lines:
+        match = _CALL.match(line)
+        if match is None:  # +++ killed by SIGKILL +++
+            continue
+        call, rest = match[1], match[2].split(" = ")[0]  # not the path of the descriptor it returns
+        counts[call] = counts.get(call, 0) + 1
+        if str(folder) not in rest or (call == "openat" and "O_CREAT" not in rest):
+            continue
+        where = [path[len(str(folder)) :] or "." for path in re.findall(rf"{re.escape(str(folder))}[^\">]*", rest)]
+        found.append(Point(call, counts[call], _TEMPORARY.sub(".tmp", " ".join(where))))
+    return found
