@@ -97,7 +97,7 @@ def bytes_by_share(reader: CacheReader) -> Counter[str]:
     """Compressed bytes of the data files by group of columns; the footers are the rest."""
     found: Counter[str] = Counter()
     for record in reader.records:
-        metadata = pq.read_metadata(reader.root / "shards" / record.file)
+        metadata = pq.read_metadata(Path(reader.location) / "shards" / record.file)
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for column in map(group.column, range(group.num_columns)):
                 name = SHARES.get(column.path_in_schema.partition(".")[0], "empty columns")

@@ -80,7 +80,7 @@ def bytes_by_group(reader: Any) -> Counter[str]:
 
     found: Counter[str] = Counter()
     for record in reader.records:
-        metadata = pq.read_metadata(reader.root / "shards" / record.file)
+        metadata = pq.read_metadata(Path(reader.location) / "shards" / record.file)
         for group in range(metadata.num_row_groups):
             for i in range(metadata.num_columns):
                 column = metadata.row_group(group).column(i)

@@ -10,11 +10,12 @@ FORMAT.md beside this file is the norm; the modules are its implementation.
     check      the invariants of a row, for the writer and for `verify`
     shard      one Parquet file: encoding, and reading that never trusts the disk
     atomic     durable writes: all of a file or nothing of it
-    layout     every path inside a cache, named once
+    layout     every name inside a cache
+    store      where a cache lies: `folder`, on a disk, or `objects`, in an object store; `copies` of its data files
     claims     hints that keep two processes off one shard
     writer     `CacheWriter`, called by stage 1
     reader     `CacheReader`, called by stages 2 and 3
-    verify     `verify`, every byte and every invariant
+    verify     `verify`, every byte and every invariant; `repair` sets aside what is bad
     show       one example, for people
 
 Run `python -m cache_schema verify DIR` or `python -m cache_schema show DIR`.

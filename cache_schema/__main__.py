@@ -1,6 +1,7 @@
-"""`python -m cache_schema verify|show`: look into a cache, given its folder or a recipe.
+"""`python -m cache_schema verify|repair|show`: look into a cache, given its place or a recipe.
 
     python -m cache_schema verify caches/NAME
+    python -m cache_schema repair s3://bucket/NAME
     python -m cache_schema show --recipe pocket --example 3 --top 5
 
 Exit codes: 0 good; 1 something committed is damaged; 2 a mistake in the call, no cache there, or it is incomplete.
@@ -13,7 +14,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from cache_schema.errors import CacheError, IncompleteCache
 
@@ -27,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cache is not None and options.set:
         parser.error("--set changes a recipe; with a folder it has no meaning")
     try:
-        folder = options.cache if options.cache is not None else _folder_of_recipe(options.recipe, options.set)
-        return _verify(folder) if options.command == "verify" else _show(folder, options.example, options.top)
+        location = options.cache if options.cache is not None else _folder_of_recipe(options.recipe, options.set)
+        if options.command == "show":
+            return _show(location, options.example, options.top)
+        return _verify(location) if options.command == "verify" else _repair(location)
     except CacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,10 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cache_schema", description="Look into a cache of teacher logits.")
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="check every byte and every invariant; name what is bad")
+    repair = commands.add_parser(
+        "repair", help="verify, then set aside what is bad and nothing else, for stage 1 to make again"
+    )
     show = commands.add_parser("show", help="print one example: each answer token with the teacher's candidates")
-    for command in (verify, show):
+    for command in (verify, repair, show):
         which = command.add_mutually_exclusive_group(required=True)
-        which.add_argument("cache", nargs="?", type=Path, metavar="DIR", help="the folder of the cache")
+        which.add_argument(
+            "cache", nargs="?", metavar="DIR", help="the cache: a folder, or a URL such as s3://bucket/name"
+        )
         which.add_argument("--recipe", metavar="NAME-or-FILE", help="the recipe whose cache is meant")
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; any number of times"
@@ -60,7 +67,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _folder_of_recipe(recipe: str, overrides: Sequence[str]) -> Path:
+def _folder_of_recipe(recipe: str, overrides: Sequence[str]) -> str:
     """Ask `pipeline`, as a process: this package imports nothing of the rest. Its error messages pass through."""
     command = [sys.executable, "-m", "pipeline", "show", "--recipe", recipe, "--field", "cache.dir"]
     for override in overrides:
@@ -68,19 +75,15 @@ def _folder_of_recipe(recipe: str, overrides: Sequence[str]) -> Path:
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if answer.returncode != 0:
         raise SystemExit(answer.returncode)
-    return Path(answer.stdout.strip())
+    return answer.stdout.strip()
 
 
-def _verify(folder: Path) -> int:
+def _verify(location: str) -> int:
     from cache_schema.verify import verify  # numpy and pyarrow only now: --help answers at once
 
-    def progress(done: int, of: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\rshard {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
-
-    report = verify(folder, progress)
+    report = verify(location, _progress)
     totals = report.totals
-    print(f"cache      {report.root}")
+    print(f"cache      {report.store.location}")
     print(f"identity   {report.manifest.fingerprint}")
     print(
         f"shards     {len(report.records)} of {report.manifest.shards}, {'sealed' if report.sealed else 'not sealed'}"
@@ -99,16 +102,47 @@ def _verify(folder: Path) -> int:
         return DAMAGED
     if not report.complete:
         print("what is there is good")
-        raise IncompleteCache(report.root, report.manifest.shards, report.missing, report.manifest.stage1_command)
+        raise IncompleteCache(
+            report.store.location, report.manifest.shards, report.missing, report.manifest.stage1_command
+        )
     print("good")
     return 0
 
 
-def _show(folder: Path, example: str, top: int) -> int:
+def _repair(location: str) -> int:
+    from cache_schema.repair import repair
+
+    report = repair(location, _progress)
+    manifest = report.found.manifest
+    for problem in report.found.problems:
+        print(f"BAD        {problem}")
+    for name in report.rewritten:
+        print(f"rewritten  {name}, from the seal")
+    for name in report.set_aside:
+        print(f"set aside  {name}")
+    for problem in report.left:
+        print(f"left       {problem}")
+    if report.left:
+        print("not good: what is left cannot be repaired; copy the cache again, or make it again in another folder")
+        return DAMAGED
+    if report.set_aside:
+        shards = f"shards {', '.join(map(str, report.shards))}" if report.shards else "what is missing"
+        print(f"next: {manifest.stage1_command}   makes {shards} again, and nothing else")
+    else:
+        print("good" if not report.rewritten else "good again")
+    return 0
+
+
+def _progress(done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\rshard {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+
+def _show(location: str, example: str, top: int) -> int:
     from cache_schema.reader import CacheReader
     from cache_schema.show import describe_example, find_example
 
-    reader = CacheReader.open(folder, require_sealed=False)
+    reader = CacheReader.open(location, require_sealed=False)
     print(describe_example(reader, find_example(reader, example), top))
     return 0
 

@@ -1,19 +1,15 @@
 """Durable writes: a file appears whole, under its name, on the disk, or it does not appear at all.
 
-Called by the writer. `publish` is temporary name, flush, rename, flush the folder. `create` does the same with `link`
+Called by `folder`. `publish` is temporary name, flush, rename, flush the folder. `create` does the same with `link`
 for the rename, which fails when the name exists: of two processes one wins, on local disks and on NFS alike.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from cache_schema.errors import StorageError
 
 _TEMPORARY = ".tmp-"
 
@@ -75,31 +71,12 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def is_temporary(plain: str) -> bool:
+    """Whether a plain name is that of a file being written."""
+    return plain.startswith(_TEMPORARY)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what crashed writers left in a folder. A slow writer that is still alive sees FileNotFoundError."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def storage_errors(folder: Path, doing: str) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what to do. FileNotFoundError passes: callers know why."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{doing} failed: {error.strerror} ({folder})\n  {_advice(folder, error)}") from error
-
-
-def _advice(folder: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(folder).free
-        return (
-            f"free there: {free / 1e6:.1f} MB (a quota or a file size limit may be lower)\n"
-            "  next: make room, or choose another folder (--set cache.dir=FOLDER), and run the same command again;\n"
-            "        every committed shard is kept and is not computed again"
-        )
-    if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-        return "next: use a file system with hard links (ext4, xfs, NFS, ...): --set cache.dir=FOLDER"
-    return "next: check the folder's permissions and the disk, or choose another: --set cache.dir=FOLDER"

@@ -10,8 +10,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache_schema.store import Store
 
 
 class CacheError(Exception):
@@ -31,20 +33,16 @@ class NotACache(CacheError):
 class DamagedDocument(CacheError):
     """A manifest, commit record, seal or vocabulary that cannot be read or is not what was written.
 
-    Attributes: `file`, `what`.
+    Attributes: `file`, its name inside the cache, `what`.
     """
 
-    def __init__(self, file: Path, what: str) -> None:
+    def __init__(self, store: Store, file: str, what: str) -> None:
         self.file, self.what = file, what
-        quoted = shlex.quote(str(file))
-        remedies = {
-            "manifest.json": "restore it from a copy, or make the cache again in another folder",
-            "sealed.json": f"rm {quoted}   and run stage 1: it seals again from the commit records",
-            "vocabulary.json": f"rm {quoted}   and run stage 1: it is written again",
-        }
-        seal = shlex.quote(str(file.parent.parent / "sealed.json"))
-        again = f"rm -f {quoted} {seal}   and run stage 1: it makes this shard again"
-        super().__init__(f"{file} is damaged: {what}\n  next: {remedies.get(file.name, again)}")
+        if file == "manifest.json":
+            remedy = "restore it from a copy, or make the cache again in another folder"
+        else:
+            remedy = f"python -m cache_schema repair {shlex.quote(store.location)}   sets it aside; then run stage 1"
+        super().__init__(f"{store.path(file)} is damaged: {what}\n  next: {remedy}")
 
 
 class UnknownVersion(CacheError):
@@ -62,25 +60,23 @@ class StorageError(CacheError):
 class CorruptShard(CacheError):
     """A data file is missing, damaged, or does not belong to this cache.
 
-    Attributes: `shard` its number, `file` its name inside the cache.
+    Attributes: `shard` its number, `file` its name inside the cache, `what`.
     """
 
-    def __init__(self, shard: int, file: Path, what: str) -> None:
+    def __init__(self, shard: int, store: Store, file: str, what: str) -> None:
         self.shard, self.file, self.what = shard, file, what
-        root = file.parent.parent
-        documents = [file.parent / f"{shard:05d}.json", root / "sealed.json"]
         super().__init__(
             f"shard {shard} of the cache is not usable: {what}\n"
-            f"  file: {file}\n"
-            f"  next: python -m cache_schema verify {shlex.quote(str(root))}   names every bad shard; then\n"
-            f"        rm -f {shlex.join(map(str, documents))}   and run stage 1: it makes this shard again"
+            f"  file: {store.path(file)}\n"
+            f"  next: python -m cache_schema repair {shlex.quote(store.location)}   sets aside every bad shard; then\n"
+            "        run stage 1: it makes those again, and nothing else"
         )
 
 
 class IncompleteCache(CacheError):
     """The cache has no seal. Attribute: `missing`, the shards without a commit record."""
 
-    def __init__(self, root: Path, shards: int, missing: Sequence[int], command: str) -> None:
+    def __init__(self, location: str, shards: int, missing: Sequence[int], command: str) -> None:
         self.missing = tuple(missing)
         if missing:
             named = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
@@ -88,7 +84,7 @@ class IncompleteCache(CacheError):
         else:
             state = f"all {shards} shards are committed, but the seal was never written"
         super().__init__(
-            f"the cache at {root} is not complete: {state}\n  next: {command}   (it resumes where it stopped)"
+            f"the cache at {location} is not complete: {state}\n  next: {command}   (it resumes where it stopped)"
         )
 
 
@@ -112,9 +108,9 @@ class _Mismatch(CacheError):
 class FingerprintMismatch(_Mismatch):
     """The cache holds numbers that mean something else. Attribute: `differences`."""
 
-    def __init__(self, root: Path, cached: str, asked: str, differences: Sequence[Difference]) -> None:
+    def __init__(self, location: str, cached: str, asked: str, differences: Sequence[Difference]) -> None:
         super().__init__(
-            f"the cache at {root} was made for another identity "
+            f"the cache at {location} was made for another identity "
             f"(fingerprint {cached[:12]} in the cache, {asked[:12]} asked for). These fields differ:",
             differences,
             "Two ways out: set these fields back to what the cache has, and use it;\n"
@@ -125,9 +121,9 @@ class FingerprintMismatch(_Mismatch):
 class PlanMismatch(_Mismatch):
     """Same identity, but the shards were planned otherwise. Attribute: `differences`."""
 
-    def __init__(self, root: Path, differences: Sequence[Difference]) -> None:
+    def __init__(self, location: str, differences: Sequence[Difference]) -> None:
         super().__init__(
-            f"the cache at {root} has the same identity but was planned otherwise. These fields differ:",
+            f"the cache at {location} has the same identity but was planned otherwise. These fields differ:",
             differences,
             "Two ways out: set these fields back to what the cache has, and go on with it;\n"
             "or make another cache beside it: --set cache.dir=ANOTHER_FOLDER",

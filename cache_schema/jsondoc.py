@@ -10,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import stat
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cache_schema.errors import DamagedDocument, UnknownVersion, shown
 from cache_schema.schema import SCHEMA_VERSION
+from cache_schema.store import Store
 
 T = TypeVar("T")
 _MISSING: Any = object()
@@ -82,60 +80,57 @@ def dump(kind: str, fields: dict[str, Any]) -> bytes:
     return (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def load(path: Path, kind: str) -> Fields:
-    """Read a document written by `dump`.
+def load(store: Store, name: str, kind: str, most: int) -> Fields:
+    """Read a document written by `dump`, of `most` bytes at most.
 
     Raises FileNotFoundError when there is none, DamagedDocument when it is not what was written, UnknownVersion when
     another version of the format wrote it.
     """
-    body = parse(path, read_regular_file(path))
+    body = parse(store, name, read(store, name, most))
     if not isinstance(body, dict):
-        raise DamagedDocument(path, f"found a JSON {type(body).__name__}, expected an object")
+        raise DamagedDocument(store, name, f"found a JSON {type(body).__name__}, expected an object")
     if body.get("format") != f"logitbank.{kind}":
-        raise DamagedDocument(path, f"its format is {shown(body.get('format'))}, expected 'logitbank.{kind}'")
+        raise DamagedDocument(store, name, f"its format is {shown(body.get('format'))}, expected 'logitbank.{kind}'")
     version = body.get("schema_version")
     if type(version) is int and version != SCHEMA_VERSION:
         raise UnknownVersion(
-            f"{path} was written in schema version {version}; this reader knows version {SCHEMA_VERSION}\n"
+            f"{store.path(name)} was written in schema version {version}; this reader knows version {SCHEMA_VERSION}\n"
             "  next: use the release of logitbank that wrote the cache, or make the cache again"
         )
     checksum = body.pop("checksum", None)
     try:
         actual = hashlib.sha256(_canonical_of_parsed(body)).hexdigest()
     except ValueError as error:  # NaN and the like: Python's parser takes them, JSON does not
-        raise DamagedDocument(path, str(error)) from None
+        raise DamagedDocument(store, name, str(error)) from None
     if checksum != actual:
-        raise DamagedDocument(path, f"its content has checksum {actual}, but it says {shown(checksum)}")
+        raise DamagedDocument(store, name, f"its content has checksum {actual}, but it says {shown(checksum)}")
     del body["format"], body["schema_version"]
-    return Fields(body, path)
+    return Fields(body, store, name)
 
 
-def parse(path: Path, data: bytes) -> Any:
+def parse(store: Store, name: str, data: bytes) -> Any:
     """JSON of a file, whatever is wrong with it a DamagedDocument naming the file."""
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DamagedDocument(path, f"it is not JSON ({error})") from None
+        raise DamagedDocument(store, name, f"it is not JSON ({error})") from None
 
 
-def read_regular_file(path: Path) -> bytes:
-    """The bytes of a plain file. Raises FileNotFoundError or NotADirectoryError when there is nothing.
+def read(store: Store, name: str, most: int) -> bytes:
+    """The bytes of a small file. Raises FileNotFoundError or NotADirectoryError when there is nothing.
 
-    Anything else in the way (a folder, a pipe, a loop of links, no permission) is a DamagedDocument, never a hang.
+    Anything else in the way (a folder, a pipe, a loop of links, no permission, more than `most` bytes) is a
+    DamagedDocument, never a hang.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise DamagedDocument(path, "it is not a plain file")
-            with os.fdopen(fd, "rb", closefd=False) as file:
-                return file.read()
-        finally:
-            os.close(fd)
+        data = store.read(name, most)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
-        raise DamagedDocument(path, f"it cannot be read: {error.strerror}") from None
+        raise DamagedDocument(store, name, f"it cannot be read: {error.strerror or error}") from None
+    if len(data) > most:
+        raise DamagedDocument(store, name, f"it has more than the {most} bytes that it can have")
+    return data
 
 
 class Fields:
@@ -144,8 +139,8 @@ class Fields:
     `take(name, int)` accepts exactly that type: JSON's 1 is not a float here and true is not an int.
     """
 
-    def __init__(self, values: Any, file: Path, place: str = "") -> None:
-        self._file = file
+    def __init__(self, values: Any, store: Store, file: str, place: str = "") -> None:
+        self._store, self._file = store, file
         self._place = place
         if type(values) is not dict:
             raise self.damaged(f"found {shown(values)}, expected an object")
@@ -153,14 +148,14 @@ class Fields:
 
     def damaged(self, what: str) -> DamagedDocument:
         """The error to raise about this object."""
-        return DamagedDocument(self._file, f"{self._place}: {what}" if self._place else what)
+        return DamagedDocument(self._store, self._file, f"{self._place}: {what}" if self._place else what)
 
     def __contains__(self, name: str) -> bool:
         return name in self._left
 
     def inner(self, values: Any, place: str) -> Fields:
         """An object inside this one."""
-        return Fields(values, self._file, f"{self._place}: {place}" if self._place else place)
+        return Fields(values, self._store, self._file, f"{self._place}: {place}" if self._place else place)
 
     def take(self, name: str, kind: type[T]) -> T:
         """The value of a field, of exactly this type."""

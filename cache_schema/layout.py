@@ -1,61 +1,57 @@
-"""Every path inside a cache, named once. Called by writer, reader, claims and verify; touches no file.
+"""Every name inside a cache, named once. Called by all that reads or writes one; touches no file.
 
-The name of a data file is a function of its shard and its SHA-256, so a commit record cannot name anything else: no
-path outside the folder, no file of another shard.
+A name is relative to the cache and has slashes, on a disk and in an object store alike. That of a data file is a
+function of its shard and its SHA-256, so a commit record cannot name anything else: no path outside the cache, no file
+of another shard.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+
+MANIFEST = "manifest.json"
+VOCABULARY = "vocabulary.json"
+SEALED = "sealed.json"
+SHARDS = "shards"
+CLAIMS = "claims"
+ASIDE = "aside"  # what `repair` took out; no meaning
 
 _RECORD = re.compile(r"([0-9]{5,})\.json")
 _DATA = re.compile(r"([0-9]{5,})-[0-9a-f]{16}\.parquet")
 
 
-class Layout:
-    """The paths of the cache at `root`."""
+def record(shard: int) -> str:
+    """The commit record of a shard."""
+    return f"{SHARDS}/{shard:05d}.json"
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.manifest = root / "manifest.json"
-        self.vocabulary = root / "vocabulary.json"
-        self.sealed = root / "sealed.json"
-        self.shards = root / "shards"
-        self.claims = root / "claims"
 
-    def record(self, shard: int) -> Path:
-        """The commit record of a shard."""
-        return self.shards / f"{shard:05d}.json"
+def data(file: str) -> str:
+    """A data file, by its plain name."""
+    return f"{SHARDS}/{file}"
 
-    def claim(self, shard: int) -> Path:
-        """The claim on a shard."""
-        return self.claims / f"{shard:05d}"
 
-    def recorded(self) -> list[int]:
-        """The shards that have a commit record, in order; one listing of the folder."""
-        return sorted(shard for name in _names(self.shards) if (shard := _number(_RECORD, name)) is not None)
-
-    def data_files(self) -> list[tuple[int, Path]]:
-        """Every data file with its shard number, committed or not."""
-        found = ((_number(_DATA, name), self.shards / name) for name in _names(self.shards))
-        return sorted((shard, path) for shard, path in found if shard is not None)
+def claim(shard: int) -> str:
+    """The claim on a shard."""
+    return f"{CLAIMS}/{shard:05d}"
 
 
 def data_name(shard: int, sha256: str) -> str:
-    """`00003-0123456789abcdef.parquet`"""
+    """The plain name of a data file: `00003-0123456789abcdef.parquet`"""
     return f"{shard:05d}-{sha256[:16]}.parquet"
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return [path.name for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+def shard_of_record(plain: str) -> int | None:
+    """The shard whose commit record has this plain name; None where it is no such name."""
+    return _number(_RECORD, plain)
 
 
-def _number(pattern: re.Pattern[str], name: str) -> int | None:
-    match = pattern.fullmatch(name)
+def shard_of_data(plain: str) -> int | None:
+    """The shard whose data file has this plain name; None where it is no such name."""
+    return _number(_DATA, plain)
+
+
+def _number(pattern: re.Pattern[str], plain: str) -> int | None:
+    match = pattern.fullmatch(plain)
     if match is None:
         return None
     shard = int(match[1])

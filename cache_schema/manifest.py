@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from cache_schema import jsondoc
@@ -25,9 +24,11 @@ from cache_schema.errors import (
     PlanMismatch,
     shown,
 )
-from cache_schema.layout import Layout
+from cache_schema.layout import MANIFEST, VOCABULARY
 from cache_schema.schema import SCHEMA_VERSION
+from cache_schema.store import Store
 
+MOST_BYTES = 64 << 20  # of manifest.json and of vocabulary.json; Qwen's 151,936 texts take 2.5 MB
 CODECS = ("fine", "small")  # every rank to step / 2; a coarser tail
 SELECTORS = ("topk", "sampled")  # the K largest logits; K draws from the softmax at the first temperature
 
@@ -165,22 +166,21 @@ class Manifest:
         return jsondoc.dump("manifest", {**values, "temperatures": list(self.temperatures)})
 
     @classmethod
-    def load(cls, root: Path) -> Manifest:
-        """Read `manifest.json` of the cache at `root`.
+    def load(cls, store: Store) -> Manifest:
+        """Read `manifest.json` of a cache.
 
         Raises NotACache when there is none, DamagedDocument, UnknownVersion or InvalidManifest when it is no good.
         """
-        path = Layout(root).manifest
         try:
-            doc = jsondoc.load(path, "manifest")
+            doc = jsondoc.load(store, MANIFEST, "manifest", MOST_BYTES)
         except FileNotFoundError:
-            exists = "the folder has no manifest.json" if root.is_dir() else "no such folder"
+            exists = "the folder has no manifest.json" if store.exists() else "no such folder"
             raise NotACache(
-                f"there is no cache at {root}: {exists}\n"
+                f"there is no cache at {store.location}: {exists}\n"
                 "  next: `python -m stage1_teacher --recipe NAME` makes the cache of a recipe"
             ) from None
         except NotADirectoryError:
-            raise NotACache(f"there is no cache at {root}: it is a file; expected a folder") from None
+            raise NotACache(f"there is no cache at {store.location}: it is a file; expected a folder") from None
         try:
             manifest = cls(
                 schema_version=SCHEMA_VERSION,
@@ -199,26 +199,26 @@ class Manifest:
                 vocabulary_sha256=doc.take("vocabulary_sha256", str),
             )
         except InvalidManifest as error:
-            raise InvalidManifest(f"{path}: {error}") from None
+            raise InvalidManifest(f"{store.path(MANIFEST)}: {error}") from None
         doc.done()
         return manifest
 
-    def expect_identity(self, root: Path, asked: dict[str, Any]) -> None:
+    def expect_identity(self, store: Store, asked: dict[str, Any]) -> None:
         """Raise FingerprintMismatch, listing the fields that differ, unless `asked` is this cache's identity."""
         fingerprint = fingerprint_of(asked)
         if fingerprint != self.fingerprint:
             found = list(differences(self.identity, asked))
-            raise FingerprintMismatch(root, self.fingerprint, fingerprint, found)
+            raise FingerprintMismatch(store.location, self.fingerprint, fingerprint, found)
 
-    def expect_plan(self, root: Path, asked: Manifest) -> None:
+    def expect_plan(self, store: Store, asked: Manifest) -> None:
         """Raise unless `asked` is the same plan of the same identity. Provenance may differ."""
-        self.expect_identity(root, asked.identity)
+        self.expect_identity(store, asked.identity)
         mine, theirs = (
             {f.name: getattr(m, f.name) for f in fields(m) if f.name not in ("identity", "provenance")}
             for m in (self, asked)
         )
         if mine != theirs:
-            raise PlanMismatch(root, list(differences(mine, theirs)))
+            raise PlanMismatch(store.location, list(differences(mine, theirs)))
 
 
 _ABSENT = object()
@@ -244,17 +244,16 @@ def _json(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:48]} ... {text[-47:]}"
 
 
-def load_vocabulary(root: Path, manifest: Manifest) -> list[str | None]:
+def load_vocabulary(store: Store, manifest: Manifest) -> list[str | None]:
     """Token id to token text, from `vocabulary.json`; checked against the manifest's hash."""
-    path = Layout(root).vocabulary
     try:
-        data = jsondoc.read_regular_file(path)
+        data = jsondoc.read(store, VOCABULARY, MOST_BYTES)
     except FileNotFoundError:
-        raise DamagedDocument(path, "it is gone") from None
+        raise DamagedDocument(store, VOCABULARY, "it is gone") from None
     found = hashlib.sha256(data).hexdigest()
     if found != manifest.vocabulary_sha256:
-        raise DamagedDocument(path, f"its SHA-256 is {found}, expected {manifest.vocabulary_sha256}")
-    vocabulary = jsondoc.parse(path, data)
+        raise DamagedDocument(store, VOCABULARY, f"its SHA-256 is {found}, expected {manifest.vocabulary_sha256}")
+    vocabulary = jsondoc.parse(store, VOCABULARY, data)
     if not isinstance(vocabulary, list) or len(vocabulary) != manifest.vocab_size:
-        raise DamagedDocument(path, f"expected a list of {manifest.vocab_size} token texts, one for each id")
+        raise DamagedDocument(store, VOCABULARY, f"expected a list of {manifest.vocab_size} token texts, one an id")
     return vocabulary

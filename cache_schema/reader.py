@@ -10,20 +10,23 @@ by SHA-256, pages by checksum, documents by theirs; damage is a CorruptShard, ne
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cache_schema.errors import IncompleteCache
-from cache_schema.layout import Layout
 from cache_schema.manifest import Manifest, load_vocabulary
-from cache_schema.record import CommitRecord, Seal, Totals
+from cache_schema.record import CommitRecord, Seal, Totals, recorded_shards
 from cache_schema.schema import ALL, AlignmentRow, CacheRow, Columns, TextRow
 from cache_schema.shard import ShardFile
+from cache_schema.store import Store, open_store
 from cache_schema.table import RowGroup
+
+if TYPE_CHECKING:
+    from cache_schema.copies import Copies
 
 MEMORY_BYTES = 512 << 20
 MAX_FILES = 2048  # whose footers are kept, about 50 kB each; reading one again takes about a millisecond
@@ -32,13 +35,14 @@ MAX_FILES = 2048  # whose footers are kept, about 50 kB each; reading one again 
 class CacheReader:
     """An open cache. Rows are numbered through the shards in order, quarantined examples left out.
 
-    Attributes: `root`, `manifest`, `records` (of the committed shards, in order), `sealed`.
+    Attributes: `location`, `manifest`, `records` (of the committed shards, in order), `sealed`.
     """
 
     def __init__(
-        self, root: Path, manifest: Manifest, records: Sequence[CommitRecord], sealed: bool, memory_bytes: int
+        self, store: Store, manifest: Manifest, records: Sequence[CommitRecord], sealed: bool, memory_bytes: int
     ) -> None:
-        self.root, self.manifest, self.records, self.sealed = root, manifest, tuple(records), sealed
+        self.location, self.manifest, self.records, self.sealed = store.location, manifest, tuple(records), sealed
+        self._store = store
         self._ends = list(accumulate(record.rows for record in records))  # of each record, in row numbers
         self._files: OrderedDict[int, tuple[ShardFile, list[int]]] = OrderedDict()  # with the ends of its row groups
         self._groups: OrderedDict[tuple[int, int, Columns], RowGroup] = OrderedDict()  # least recently used first
@@ -48,32 +52,35 @@ class CacheReader:
     @classmethod
     def open(
         cls,
-        cache_dir: Path,
+        location: str | os.PathLike[str],
         expect: dict[str, Any] | None = None,
         require_sealed: bool = True,
         *,
         memory_bytes: int = MEMORY_BYTES,
+        copies: Copies | None = None,
     ) -> CacheReader:
         """Open a cache for reading.
 
+        location: a folder, or a URL that fsspec knows.
         expect: the identity that the numbers must have; FingerprintMismatch lists the fields that differ.
         require_sealed: raise IncompleteCache unless every shard is there; else read those that are committed.
+        copies: where data files of an object store are kept while they are read; the default place unless given.
         memory_bytes: how much decoded Parquet to keep, least recently used out first; the last group always stays.
         Raises NotACache, DamagedDocument, UnknownVersion, InvalidManifest as well.
         """
-        root = Path(cache_dir).absolute()
-        manifest = Manifest.load(root)
+        store = open_store(location, copies)
+        manifest = Manifest.load(store)
         if expect is not None:
-            manifest.expect_identity(root, expect)
+            manifest.expect_identity(store, expect)
         try:
-            return cls(root, manifest, Seal.load(root, manifest).records, True, memory_bytes)
+            return cls(store, manifest, Seal.load(store, manifest).records, True, memory_bytes)
         except FileNotFoundError:
-            recorded = Layout(root).recorded()
+            recorded = recorded_shards(store)
         if require_sealed:
             missing = sorted(set(range(manifest.shards)) - set(recorded))
-            raise IncompleteCache(root, manifest.shards, missing, manifest.stage1_command)
-        records = [CommitRecord.load(root, shard, manifest) for shard in recorded]
-        return cls(root, manifest, records, False, memory_bytes)
+            raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command)
+        records = [CommitRecord.load(store, shard, manifest) for shard in recorded]
+        return cls(store, manifest, records, False, memory_bytes)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -84,7 +91,7 @@ class CacheReader:
 
     def vocabulary(self) -> list[str | None]:
         """Token id to token text, for people; nothing needs it to decode. Raises DamagedDocument."""
-        return load_vocabulary(self.root, self.manifest)
+        return load_vocabulary(self._store, self.manifest)
 
     @overload
     def read(self, indices: Sequence[int], columns: Literal[Columns.ALL, Columns.RANKED] = ...) -> list[CacheRow]: ...
@@ -119,7 +126,7 @@ class CacheReader:
     def _locate(self, index: int) -> tuple[int, int, int]:
         """Record, row group and row within the group of a row number."""
         if not 0 <= index < len(self):
-            raise IndexError(f"there is no row {index}; the cache at {self.root} has rows 0 to {len(self) - 1}")
+            raise IndexError(f"there is no row {index}; the cache at {self.location} has rows 0 to {len(self) - 1}")
         which = bisect_right(self._ends, index)
         row = index - (self._ends[which] - self.records[which].rows)
         ends = self._file(which)[1]
@@ -131,7 +138,7 @@ class CacheReader:
             self._files.move_to_end(which)
             return self._files[which]
         record = self.records[which]
-        file = ShardFile(Layout(self.root).shards / record.file, record, self.manifest)
+        file = ShardFile(self._store, record, self.manifest)
         self._files[which] = file, list(accumulate(file.group_rows))
         if len(self._files) > MAX_FILES:
             self._files.popitem(last=False)

@@ -12,14 +12,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from cache_schema import jsondoc
-from cache_schema.layout import Layout, data_name
+from cache_schema import jsondoc, layout
 from cache_schema.manifest import Manifest
 from cache_schema.schema import QuarantinedExample, Status
+from cache_schema.store import Store
 
+RECORD_MOST_BYTES = 64 << 20
+SEAL_MOST_BYTES = 1 << 30  # a record takes about 700 bytes of it
 _REASONS = [status.reason for status in Status if status is not Status.USABLE]
 
 
@@ -41,7 +42,7 @@ class CommitRecord:
     @property
     def file(self) -> str:
         """The plain name of the data file inside `shards/`, derived from shard and hash."""
-        return data_name(self.shard, self.sha256)
+        return layout.data_name(self.shard, self.sha256)
 
     def to_json(self) -> dict[str, Any]:
         """The fields, as in `shards/00003.json` and in the list of `sealed.json`."""
@@ -52,9 +53,9 @@ class CommitRecord:
         return jsondoc.dump("record", {"fingerprint": fingerprint, **self.to_json()})
 
     @classmethod
-    def load(cls, root: Path, shard: int, manifest: Manifest) -> CommitRecord:
+    def load(cls, store: Store, shard: int, manifest: Manifest) -> CommitRecord:
         """Read the record of a shard. Raises FileNotFoundError when there is none, DamagedDocument when bad."""
-        doc = jsondoc.load(Layout(root).record(shard), "record")
+        doc = jsondoc.load(store, layout.record(shard), "record", RECORD_MOST_BYTES)
         doc.expect("fingerprint", manifest.fingerprint)
         return cls.from_fields(doc, shard, manifest)
 
@@ -120,14 +121,14 @@ class Seal:
         return jsondoc.dump("seal", {"fingerprint": manifest.fingerprint, "records": records})
 
     @classmethod
-    def load(cls, root: Path, manifest: Manifest) -> Seal:
+    def load(cls, store: Store, manifest: Manifest) -> Seal:
         """Read `sealed.json`. Raises FileNotFoundError when the cache is not sealed, DamagedDocument when bad."""
         with _no_garbage_collection():
-            return cls(tuple(cls._records(root, manifest)))
+            return cls(tuple(cls._records(store, manifest)))
 
     @staticmethod
-    def _records(root: Path, manifest: Manifest) -> Iterator[CommitRecord]:
-        doc = jsondoc.load(Layout(root).sealed, "seal")
+    def _records(store: Store, manifest: Manifest) -> Iterator[CommitRecord]:
+        doc = jsondoc.load(store, layout.SEALED, "seal", SEAL_MOST_BYTES)
         doc.expect("fingerprint", manifest.fingerprint)
         items = doc.take("records", list)
         doc.done()
@@ -135,6 +136,12 @@ class Seal:
             raise doc.damaged(f"{len(items)} records, expected {manifest.shards}")
         for shard, item in enumerate(items):
             yield CommitRecord.from_fields(doc.inner(item, f"records[{shard}]"), shard, manifest)
+
+
+def recorded_shards(store: Store) -> list[int]:
+    """The shards that have a commit record, in order; one listing of the folder."""
+    found = map(layout.shard_of_record, store.listing(layout.SHARDS))
+    return sorted(shard for shard in found if shard is not None)
 
 
 @contextmanager

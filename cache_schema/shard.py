@@ -7,11 +7,9 @@ a shard without this package. What each column takes, and why it is stored so, `
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +21,11 @@ from cache_schema.check import problem_of
 from cache_schema.codec import listed_ids, order_of, places_of
 from cache_schema.errors import CorruptShard, InvalidRow
 from cache_schema.jsondoc import canonical
+from cache_schema.layout import data as data_path
 from cache_schema.manifest import Manifest
 from cache_schema.record import CommitRecord
 from cache_schema.schema import CacheRow, Columns, Status
+from cache_schema.store import Store
 from cache_schema.table import ARROW_SCHEMA, RowGroup, encode_row, flat, to_table
 
 GROUP_VALUES = 1 << 22  # logits in a row group: 16 MiB decoded, what one random read costs
@@ -153,33 +153,31 @@ class ShardFile:
     after a fork. Raises CorruptShard.
     """
 
-    def __init__(self, path: Path, record: CommitRecord, manifest: Manifest) -> None:
-        self.path, self._shard, self._manifest = path, record.shard, manifest
-        with self.reading():
-            self._metadata = self._open(record)
+    def __init__(self, store: Store, record: CommitRecord, manifest: Manifest) -> None:
+        self._store, self._record, self._manifest = store, record, manifest
+        with self.opened() as file:
+            self._metadata = self._checked(file)
         self.group_rows = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         if sum(self.group_rows) != record.rows:
             raise self.corrupt(f"it has {sum(self.group_rows)} rows, its commit record says {record.rows}")
 
-    def _open(self, record: CommitRecord) -> Any:
-        if not self.path.is_file():
-            raise self.corrupt("it is not a plain file" if self.path.exists() else "there is no such file")
-        size = self.path.stat().st_size
+    def _checked(self, file: Any) -> Any:
+        """The file's metadata, once its footer is known to be what was written."""
+        record, size = self._record, file.size()
         if size != record.bytes:
             raise self.corrupt(f"it has {size} bytes, its commit record says {record.bytes}")
-        with self.path.open("rb") as file:
-            file.seek(-8, os.SEEK_END)
-            length = int.from_bytes(file.read(4), "little") + 8
-            file.seek(-min(length, size), os.SEEK_END)
-            found = hashlib.sha256(file.read()).hexdigest()
+        file.seek(max(0, size - 8))
+        length = int.from_bytes(file.read(4), "little") + 8
+        file.seek(max(0, size - length))
+        found = hashlib.sha256(file.read()).hexdigest()
         if found != record.footer_sha256:
             raise self.corrupt(f"its footer has SHA-256 {found}, its commit record says {record.footer_sha256}")
-        metadata = pq.read_metadata(self.path)
+        metadata = pq.read_metadata(file)
         self._expect_sizes(metadata, record)
         if metadata.schema.to_arrow_schema().remove_metadata() != ARROW_SCHEMA:
             raise self.corrupt(f"its columns are not those of schema version {self._manifest.schema_version}")
         tag = (metadata.metadata or {}).get(b"logitbank", b"")
-        if tag != _tag(self._shard, self._manifest):
+        if tag != _tag(record.shard, self._manifest):
             raise self.corrupt(f"it belongs elsewhere: it says {tag.decode(errors='replace')!r}")
         return metadata
 
@@ -198,8 +196,8 @@ class ShardFile:
     def group(self, index: int, columns: Columns) -> RowGroup:
         """Read these columns of one row group, and no byte of the others."""
         with (
-            self.reading(),
-            pq.ParquetFile(self.path, metadata=self._metadata, page_checksum_verification=True) as file,
+            self.opened() as source,
+            pq.ParquetFile(source, metadata=self._metadata, page_checksum_verification=True) as file,
         ):
             table = file.read_row_group(index, columns=list(columns.names))
             if table.num_rows != self.group_rows[index]:
@@ -214,6 +212,17 @@ class ShardFile:
             raise ValueError("id_order is not in the first row alone")
         return order_of(listed, self._manifest.vocab_size)
 
+    def sha256(self) -> str:
+        """Of the whole file, as it is now."""
+        with self.opened() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """The file, open; whatever goes wrong inside is a CorruptShard that names it."""
+        with self.reading(), self._store.open_data(self._record.file, self._record.sha256) as file:
+            yield file
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Whatever goes wrong inside is a CorruptShard that names this file."""
@@ -224,4 +233,4 @@ class ShardFile:
 
     def corrupt(self, what: str) -> CorruptShard:
         """The error to raise about this file."""
-        return CorruptShard(self._shard, self.path, what)
+        return CorruptShard(self._record.shard, self._store, data_path(self._record.file), what)

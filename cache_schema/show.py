@@ -31,7 +31,7 @@ def find_example(reader: CacheReader, which: str) -> int:
                     f"example {which!r} of task {example.task!r} has no row: it is quarantined, {example.reason}"
                 )
     raise UnknownExample(
-        f"the cache at {reader.root} has no example {which!r}\n"
+        f"the cache at {reader.location} has no example {which!r}\n"
         f"  next: --example takes a number from 0 to {len(reader) - 1}, or an example's id"
     )
 

@@ -5,19 +5,21 @@ A bad shard does not end the check: all bad ones are named.
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from cache_schema import layout
 from cache_schema.check import problem_of
+from cache_schema.copies import Copies
 from cache_schema.errors import CacheError, CorruptShard, DamagedDocument, UnknownVersion
-from cache_schema.layout import Layout
 from cache_schema.manifest import Manifest, load_vocabulary
-from cache_schema.record import CommitRecord, Seal, Totals
+from cache_schema.record import CommitRecord, Seal, Totals, recorded_shards
 from cache_schema.schema import ALL, CacheRow, Status
 from cache_schema.shard import ShardFile
+from cache_schema.store import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Problem:
 class VerifyReport:
     """What `verify` found. `good` means that everything committed is sound; `complete` that nothing is missing."""
 
-    root: Path
+    store: Store
     manifest: Manifest
     sealed: bool = False
     records: list[CommitRecord] = field(default_factory=list)
@@ -61,28 +63,35 @@ class VerifyReport:
         return Totals.of(self.records, self.manifest)
 
 
-def verify(cache_dir: Path, on_shard: Callable[[int, int], None] = lambda done, of: None) -> VerifyReport:
+def verify(
+    location: str | os.PathLike[str], on_shard: Callable[[int, int], None] = lambda done, of: None
+) -> VerifyReport:
     """Check everything in a cache, complete or not.
 
     on_shard: called with the number of shards checked and to check. Raises CacheError when there is no cache, or when
     its manifest is damaged so that nothing else has a meaning.
     """
-    root = Path(cache_dir).absolute()
-    manifest = Manifest.load(root)
-    report = VerifyReport(root, manifest)
-    records = _records(report)
-    seen: dict[tuple[str, str], int] = {}
-    for done, (shard, record) in enumerate(sorted(records.items()), start=1):
-        try:
-            _check_shard(root, record, manifest, seen)
-        except CorruptShard as error:
-            report.problems.append(Problem(shard, f"shards/{record.file}", error.what))
-        on_shard(done, len(records))
-    if report.sealed or Layout(root).vocabulary.exists():  # else its writer died early, and the next one writes it
-        try:
-            load_vocabulary(root, manifest)
-        except DamagedDocument as error:
-            report.problems.append(Problem(None, "vocabulary.json", _first_line(error)))
+    with TemporaryDirectory(prefix="logitbank-") as folder:  # copies made before say nothing of what is there now
+        return _verify(open_store(location, Copies(folder, most_bytes=0)), on_shard)
+
+
+def _verify(store: Store, on_shard: Callable[[int, int], None]) -> VerifyReport:
+    manifest = Manifest.load(store)
+    report = VerifyReport(store, manifest)
+    with store.errors("verifying the cache"):
+        records = _records(report)
+        seen: dict[tuple[str, str], int] = {}
+        for done, (shard, record) in enumerate(sorted(records.items()), start=1):
+            try:
+                _check_shard(store, record, manifest, seen)
+            except CorruptShard as error:
+                report.problems.append(Problem(shard, error.file, error.what))
+            on_shard(done, len(records))
+        if report.sealed or store.has(layout.VOCABULARY):  # else its writer died early, and the next one writes it
+            try:
+                load_vocabulary(store, manifest)
+            except DamagedDocument as error:
+                report.problems.append(Problem(None, error.file, error.what))
     report.records = [records[shard] for shard in sorted(records)]
     ledgers = report.totals
     for name, ledger in (("examples", ledgers.examples), ("positions", ledgers.positions)):
@@ -93,35 +102,33 @@ def verify(cache_dir: Path, on_shard: Callable[[int, int], None] = lambda done, 
 
 def _records(report: VerifyReport) -> dict[int, CommitRecord]:
     """All readable records by shard; what is wrong with the others goes into the report."""
-    root, manifest, layout = report.root, report.manifest, Layout(report.root)
+    store, manifest = report.store, report.manifest
     records: dict[int, CommitRecord] = {}
-    recorded = dict.fromkeys(layout.recorded())  # in order, and looked up for every shard below
+    recorded = dict.fromkeys(recorded_shards(store))  # in order, and looked up for every shard below
     for shard in recorded:
         try:
-            records[shard] = CommitRecord.load(root, shard, manifest)
+            records[shard] = CommitRecord.load(store, shard, manifest)
         except (DamagedDocument, UnknownVersion) as error:
-            report.problems.append(Problem(shard, f"shards/{shard:05d}.json", _first_line(error)))
+            report.problems.append(Problem(shard, layout.record(shard), _first_line(error)))
         except FileNotFoundError:  # removed since the listing, or a link to nothing
-            report.problems.append(Problem(shard, f"shards/{shard:05d}.json", "it cannot be opened"))
+            report.problems.append(Problem(shard, layout.record(shard), "it cannot be opened"))
     try:
         report.sealed = True
-        for record in Seal.load(root, manifest).records:
+        for record in Seal.load(store, manifest).records:
             if record.shard not in recorded:
-                report.problems.append(
-                    Problem(record.shard, f"shards/{record.shard:05d}.json", "the commit record is gone")
-                )
+                report.problems.append(Problem(record.shard, layout.record(record.shard), "the commit record is gone"))
             elif record.shard in records and records[record.shard] != record:
-                report.problems.append(
-                    Problem(record.shard, "sealed.json", "the seal and the commit record do not agree")
-                )
+                what = "the seal and the commit record do not agree"
+                report.problems.append(Problem(record.shard, layout.record(record.shard), what))
             records[record.shard] = record
     except FileNotFoundError:
         report.sealed = False
     except (DamagedDocument, UnknownVersion) as error:
-        report.problems.append(Problem(None, "sealed.json", _first_line(error)))
+        report.problems.append(Problem(None, layout.SEALED, _first_line(error)))
     report.missing = sorted(set(range(manifest.shards)) - recorded.keys() - records.keys())
     committed = {record.file for record in records.values()}
-    report.orphans = [path.name for _, path in layout.data_files() if path.name not in committed]
+    data = [plain for plain in store.listing(layout.SHARDS) if layout.shard_of_data(plain) is not None]
+    report.orphans = sorted(plain for plain in data if plain not in committed)
     return records
 
 
@@ -129,11 +136,10 @@ def _first_line(error: CacheError) -> str:
     return error.what if isinstance(error, DamagedDocument) else str(error).splitlines()[0]
 
 
-def _check_shard(root: Path, record: CommitRecord, manifest: Manifest, seen: dict[tuple[str, str], int]) -> None:
+def _check_shard(store: Store, record: CommitRecord, manifest: Manifest, seen: dict[tuple[str, str], int]) -> None:
     """Raise CorruptShard unless the data file is exactly what its record says and every row is sound."""
-    shard = ShardFile(Layout(root).shards / record.file, record, manifest)
-    with shard.reading(), shard.path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    shard = ShardFile(store, record, manifest)
+    found = shard.sha256()
     if found != record.sha256:
         raise shard.corrupt(f"its SHA-256 is {found}, its commit record says {record.sha256}")
     codes: Counter[int] = Counter()

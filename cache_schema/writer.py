@@ -14,36 +14,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from cache_schema.atomic import create, publish, remove_temporaries, storage_errors, sync_folder
+from cache_schema import layout
 from cache_schema.claims import STALE_AFTER_S, Claims
 from cache_schema.errors import CorruptShard, IncompleteCache, InvalidManifest, InvalidRow, NotACache
 from cache_schema.jsondoc import canonical
-from cache_schema.layout import Layout
 from cache_schema.manifest import Manifest, vocabulary_bytes
-from cache_schema.record import CommitRecord, Seal
+from cache_schema.record import CommitRecord, Seal, recorded_shards
 from cache_schema.schema import CacheRow, QuarantinedExample, Status, TextRow
 from cache_schema.shard import encode_shard
+from cache_schema.store import Store, open_store
 
 
 class CacheWriter:
     """An open cache, complete or not. `manifest` is the one on disk."""
 
-    def __init__(self, layout: Layout, manifest: Manifest, stale_after_s: float) -> None:
-        self._layout = layout
-        self._claims = Claims(layout, stale_after_s)
+    def __init__(self, store: Store, manifest: Manifest, stale_after_s: float) -> None:
+        self._store = store
+        self._claims = Claims(store, stale_after_s)
         self.manifest = manifest
 
     @classmethod
     def open(
         cls,
-        cache_dir: Path,
+        location: str | os.PathLike[str],
         manifest: Manifest,
         vocabulary: Sequence[str | None],
         *,
@@ -51,50 +49,52 @@ class CacheWriter:
     ) -> CacheWriter:
         """Create the cache, or open the one that is there; any number of processes may do so at once.
 
+        location: a folder, or a URL that fsspec knows.
         vocabulary: token text by id, `vocab_size` long, null where an id has none; kept as `vocabulary.json`.
         Raises FingerprintMismatch or PlanMismatch when the cache there is another, NotACache when something else is
         in the way, StorageError.
         """
-        root = Path(cache_dir).absolute()
-        layout = Layout(root)
+        store = open_store(location)
         words = vocabulary_bytes(vocabulary)
         if len(vocabulary) != manifest.vocab_size:
             raise InvalidManifest(f"the vocabulary has {len(vocabulary)} entries; expected {manifest.vocab_size}")
         if hashlib.sha256(words).hexdigest() != manifest.vocabulary_sha256:
             raise InvalidManifest("vocabulary_sha256 is not that of the vocabulary given; use `vocabulary_sha256(...)`")
-        with storage_errors(root, "creating the cache"):
-            _make_folder(root)
-            if not layout.manifest.exists():
-                _refuse_other_content(layout)
-                create(layout.manifest, manifest.dump())
-            on_disk = Manifest.load(root)
-            on_disk.expect_plan(root, manifest)
-            layout.shards.mkdir(exist_ok=True)
-            if not layout.vocabulary.exists():  # the winner may have died just here; any of us can write it
-                create(layout.vocabulary, words)
-            sync_folder(root)
-        return cls(layout, on_disk, stale_after_s)
+        with store.errors("creating the cache"):
+            store.prepare()
+            if not store.has(layout.MANIFEST):
+                _refuse_other_content(store)
+                store.create(layout.MANIFEST, manifest.dump())
+            on_disk = Manifest.load(store)
+            on_disk.expect_plan(store, manifest)
+            if not store.has(layout.VOCABULARY):  # the winner may have died just here; any of us can write it
+                store.create(layout.VOCABULARY, words)
+        return cls(store, on_disk, stale_after_s)
 
     def missing(self) -> list[int]:
         """The shards without a commit record, in order. One listing of the folder."""
-        if self._layout.sealed.exists():
-            return []
-        return sorted(set(range(self.manifest.shards)) - set(self._layout.recorded()))
+        with self._store.errors("looking for what is missing"):
+            if self._store.has(layout.SEALED):
+                return []
+            return sorted(set(range(self.manifest.shards)) - set(recorded_shards(self._store)))
 
     def claim(self, shard: int) -> bool:
         """Whether to work on this shard: not committed, and not in another's hands. Again to renew, as a heartbeat.
 
         A hint only: a claim of a dead process of this machine, or one not renewed for `stale_after_s`, is taken over.
         """
-        if self._layout.sealed.exists() or self._layout.record(shard).exists():
-            return False
-        with suppress(FileNotFoundError), storage_errors(self._layout.root, f"claiming shard {shard}"):
+        with suppress(FileNotFoundError), self._store.errors(f"claiming shard {shard}"):
+            if self._claims.fresh(shard):
+                return True
+            if self._store.has(layout.SEALED) or self._store.has(layout.record(shard)):
+                return False
             return self._claims.claim(shard)
         return False  # the claims were swept under us: the cache is sealed
 
     def release(self, shard: int) -> None:
         """Give up a claim; without effect when it is not ours."""
-        self._claims.release(shard)
+        with self._store.errors(f"giving up shard {shard}"):
+            self._claims.release(shard)
 
     def commit(
         self,
@@ -126,29 +126,29 @@ class CacheWriter:
         )
         winner = self._committed(shard)
         if winner is None:
-            with storage_errors(self._layout.shards, f"writing shard {shard}"):
+            with self._store.errors(f"writing shard {shard}"):
                 winner = self._publish(record, encoded.data)
         self.release(shard)
         return winner
 
     def _publish(self, record: CommitRecord, data: memoryview) -> CommitRecord:
-        path = self._layout.shards / record.file
+        name = layout.data(record.file)
         try:
-            publish(path, data)  # over an orphan of the same name too: same name, same bytes
-            if create(self._layout.record(record.shard), record.dump(self.manifest.fingerprint)):
+            self._store.publish(name, data)  # over an orphan of the same name too: same name, same bytes
+            if self._store.create(layout.record(record.shard), record.dump(self.manifest.fingerprint)):
                 return record
         except FileNotFoundError:  # our temporary file was swept: somebody else committed this shard, and sealed
             pass
         winner = self._committed(record.shard)
         if winner is None:
-            raise NotACache(f"the cache at {self._layout.root} was removed while shard {record.shard} was written")
+            raise NotACache(f"the cache at {self._store.location} was removed while shard {record.shard} was written")
         if winner.file != record.file:
-            path.unlink(missing_ok=True)
+            self._store.remove(name)
         return winner
 
     def _committed(self, shard: int) -> CommitRecord | None:
         try:
-            return CommitRecord.load(self._layout.root, shard, self.manifest)
+            return CommitRecord.load(self._store, shard, self.manifest)
         except FileNotFoundError:
             return None
 
@@ -174,57 +174,49 @@ class CacheWriter:
 
         Raises IncompleteCache, listing the missing shards; CorruptShard when a committed data file is gone.
         """
-        root, manifest = self._layout.root, self.manifest
+        store, manifest = self._store, self.manifest
         try:
-            seal = Seal.load(root, manifest)
+            seal = Seal.load(store, manifest)
         except FileNotFoundError:
             missing = self.missing()
             if missing:
-                raise IncompleteCache(root, manifest.shards, missing, manifest.stage1_command) from None
-            seal = Seal(tuple(CommitRecord.load(root, shard, manifest) for shard in range(manifest.shards)))
-            self._check_sizes(seal)
-            with storage_errors(root, "sealing the cache"):
-                if not create(self._layout.sealed, seal.dump(manifest)):
-                    seal = Seal.load(root, manifest)
+                raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command) from None
+            seal = Seal(tuple(CommitRecord.load(store, shard, manifest) for shard in range(manifest.shards)))
+            with store.errors("sealing the cache"):
+                self._check_sizes(seal)
+                if not store.create(layout.SEALED, seal.dump(manifest)):
+                    seal = Seal.load(store, manifest)
         self._sweep(seal)
         return seal
 
     def _check_sizes(self, seal: Seal) -> None:
+        sizes = self._store.listing(layout.SHARDS)
         for record in seal.records:
-            path = self._layout.shards / record.file
-            size = path.stat().st_size if path.is_file() else None
+            size = sizes.get(record.file)
             if size != record.bytes:
-                found = "gone" if size is None else f"{size} bytes long"
-                raise CorruptShard(record.shard, path, f"it is {found}, its commit record says {record.bytes} bytes")
+                found = "gone" if size is None else f"{size} bytes long" if size >= 0 else "no plain file"
+                raise CorruptShard(
+                    record.shard,
+                    self._store,
+                    layout.data(record.file),
+                    f"it is {found}, its commit record says {record.bytes} bytes",
+                )
 
     def _sweep(self, seal: Seal) -> None:
         """Every shard has its record now, so any other data file is an orphan, and no claim means anything."""
         committed = {record.file for record in seal.records}
-        with storage_errors(self._layout.root, "tidying up the cache"):
-            for _, path in self._layout.data_files():
-                if path.name not in committed:
-                    path.unlink(missing_ok=True)
-            for folder in (self._layout.root, self._layout.shards):
-                remove_temporaries(folder)
-            shutil.rmtree(self._layout.claims, ignore_errors=True)
+        with self._store.errors("tidying up the cache"):
+            for plain in self._store.listing(layout.SHARDS):
+                if layout.shard_of_data(plain) is not None and plain not in committed:
+                    self._store.remove(layout.data(plain))
+            self._store.tidy()
 
 
-def _make_folder(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        blocker = next(path for path in (root, *root.parents) if os.path.lexists(path))
+def _refuse_other_content(store: Store) -> None:
+    """A cache is made in an empty place: one that has other things in it was probably named by mistake."""
+    others = sorted(store.listing())
+    if others and not store.has(layout.MANIFEST):  # unless another process made it a cache meanwhile
         raise NotACache(
-            f"the cache cannot be made at {root}: {blocker} is a file (or a broken link); expected a folder\n"
-            "  next: remove that file, or choose another folder: --set cache.dir=FOLDER"
-        ) from None
-
-
-def _refuse_other_content(layout: Layout) -> None:
-    """A cache is made in an empty folder: one that has other things in it was probably named by mistake."""
-    others = sorted(p.name for p in layout.root.iterdir() if p.name != "lost+found" and not p.name.startswith(".tmp-"))
-    if others and not layout.manifest.exists():  # unless another process made it a cache meanwhile
-        raise NotACache(
-            f"the folder {layout.root} is no cache and is not empty (it has {others[0]!r})\n"
+            f"the folder {store.location} is no cache and is not empty (it has {others[0]!r})\n"
             "  next: choose an empty or a new folder: --set cache.dir=FOLDER"
         )

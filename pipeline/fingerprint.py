@@ -6,7 +6,6 @@ device, batch sizes, numbers of workers, evaluation limits) goes into the manife
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from cache_schema.manifest import fingerprint_of
@@ -86,8 +85,8 @@ class Experiment:
         return fingerprint_of(self.identity)
 
     @cached_property
-    def cache_dir(self) -> Path:
-        """Where the cache lies; the fingerprint is computed only where its name needs it."""
+    def cache_dir(self) -> str:
+        """Where the cache lies, a folder or a URL; the fingerprint is computed only where its name needs it."""
         if self.recipe.cache.dir is not None:
-            return Path(self.recipe.cache.dir)
+            return self.recipe.cache.dir
         return default_cache_dir(self.recipe, self.fingerprint)

@@ -79,6 +79,6 @@ class RunDir:
         return self.root / "predictions" / model / condition
 
 
-def default_cache_dir(recipe: Recipe, fingerprint: str) -> Path:
+def default_cache_dir(recipe: Recipe, fingerprint: str) -> str:
     """Where a recipe's cache lies: outside any run, since many students and recipes share it."""
-    return Path(f"caches/{recipe.name}-{fingerprint[:12]}")
+    return f"caches/{recipe.name}-{fingerprint[:12]}"

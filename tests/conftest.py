@@ -1,7 +1,7 @@
 """Shared by all tests: how often a promise was tried. `benchmarks/promises.py` makes the README's table of it.
 
-    @pytest.mark.promise("A torn or altered file is never read as data")
-    def test_flipped_bits(tried): ...; tried(1476, "flipped bits")
+@pytest.mark.promise("A torn or altered file is never read as data")
+def test_flipped_bits(tried): ...; tried(1476, "flipped bits")
 """
 
 from collections.abc import Callable

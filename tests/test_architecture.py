@@ -55,7 +55,7 @@ def test_packages_import_only_what_lies_below_them(package, path):
 def test_a_cache_can_be_read_without_torch(package, path):
     if package == "cache_schema":
         others = set(imports(path)) - set(sys.stdlib_module_names) - {"cache_schema"}
-        assert others <= {"numpy", "pyarrow"}
+        assert others <= {"numpy", "pyarrow"} | ({"fsspec"} if path.stem == "objects" else set())  # only for a URL
 
 
 @pytest.mark.parametrize(("package", "path"), list(modules()))

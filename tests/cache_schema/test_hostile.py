@@ -25,6 +25,7 @@ from cache_schema.errors import (
 )
 from cache_schema.manifest import Manifest
 from cache_schema.reader import CacheReader
+from cache_schema.store import open_store
 from cache_schema.verify import verify
 
 ARRAYS = ("answer_ids", "answer_offsets", "status", "top_logit", "logits", "token_ids", "logsumexp", "log_tail")
@@ -348,10 +349,10 @@ def test_manifest_numbers_are_not_believed_by_type(cache):
     """JSON true is no number and 1 is no float, checksum or not."""
     rewrite(cache / "manifest.json", examples=True)
     with pytest.raises(DamagedDocument, match="examples is True"):
-        Manifest.load(cache)
+        Manifest.load(open_store(cache))
     rewrite(cache / "manifest.json", examples=7, temperatures=[1, "x"])
     with pytest.raises(InvalidManifest, match="temperatures is"):
-        Manifest.load(cache)
+        Manifest.load(open_store(cache))
 
 
 def test_rows_survive_numpy_comparison(whole):

@@ -23,6 +23,7 @@ from cache_schema.errors import (
 )
 from cache_schema.manifest import Manifest, differences, fingerprint_of
 from cache_schema.reader import CacheReader
+from cache_schema.store import open_store
 from cache_schema.writer import CacheWriter
 
 JSON = st.recursive(
@@ -121,7 +122,7 @@ def test_plan_covers_every_example_once(make_toy, examples, shard_examples, leng
 
 
 def test_manifest_round_trips(toy, cache):
-    assert Manifest.load(cache) == toy.manifest
+    assert Manifest.load(open_store(cache)) == toy.manifest
 
 
 def test_differences_are_dotted():
@@ -203,4 +204,4 @@ def test_manifest_fields_are_strict_on_disk(toy, cache, change, what):
         del fields[name]
     (cache / "manifest.json").write_bytes(jsondoc.dump("manifest", {k: v for k, v in fields.items() if v is not ...}))
     with pytest.raises(DamagedDocument, match=what):
-        Manifest.load(cache)
+        Manifest.load(open_store(cache))

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_schema import writer as writer_module
-from cache_schema.claims import Claims
+from cache_schema.claims import STALE_AFTER_S, Claims
 from cache_schema.errors import CorruptShard, IncompleteCache, InvalidRow, NotACache, StorageError
+from cache_schema.folder import Folder
 from cache_schema.reader import CacheReader
 from cache_schema.schema import QuarantinedExample
 from cache_schema.verify import verify
@@ -109,11 +109,11 @@ def test_killed_between_data_file_and_record(toy, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def killed(path: Path, data: bytes) -> bool:
+    def killed(self: Folder, name: str, data: bytes) -> bool:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(writer_module, "create", killed)
+        patch.setattr(Folder, "create", killed)
         toy.commit(writer, 1)
     (orphan,) = (tmp_path / "c" / "shards").iterdir()
     assert toy.writer(tmp_path / "c").missing() == [0, 1, 2]
@@ -129,6 +129,7 @@ def test_killed_between_data_file_and_record(toy, tmp_path, monkeypatch):
 def test_every_name_lasts_before_the_next_one_relies_on_it(toy, tmp_path, monkeypatch):
     """The order that survives a power cut: bytes, name, folder of the data file; then the same of the record."""
     writer = toy.writer(tmp_path / "c")
+    toy.commit(writer, 1)  # which makes the folder
     seen = []
 
     def watched(name):
@@ -205,12 +206,12 @@ def test_loser_takes_the_winners_record(toy, tmp_path, monkeypatch):
     rows, bad = toy.shard(0)
     won = []
 
-    def overtaken(path: Path, data: bytes) -> bool:
+    def overtaken(self: Folder, name: str, data: bytes) -> bool:
         monkeypatch.undo()
         won.append(fast.commit(0, [replace(row, prompt="fast") for row in rows], bad, {}))
-        return writer_module.create(path, data)
+        return self.create(name, data)
 
-    monkeypatch.setattr(writer_module, "create", overtaken)
+    monkeypatch.setattr(Folder, "create", overtaken)
     assert slow.commit(0, rows, bad, {}) == won[0]
     assert [p.name for p in (folder / "shards").glob("*.parquet")] == [won[0].file]
 
@@ -227,12 +228,12 @@ def test_sealed_under_a_slow_writer(toy, tmp_path, monkeypatch):
     folder = tmp_path / "c"
     writer = toy.writer(folder)
 
-    def swept(path: Path, data: bytes) -> None:
+    def swept(self: Folder, name: str, data: bytes) -> None:
         monkeypatch.undo()
         toy.build(folder)
-        raise FileNotFoundError(errno.ENOENT, "swept", str(path))
+        raise FileNotFoundError(errno.ENOENT, "swept", name)
 
-    monkeypatch.setattr(writer_module, "publish", swept)
+    monkeypatch.setattr(Folder, "publish", swept)
     assert toy.commit(writer, 2) == CacheReader.open(folder).records[2]
 
 
@@ -271,12 +272,11 @@ def test_a_process_that_dies_while_it_claims_leaves_no_claim(toy, tmp_path, monk
     """Half a claim would name nobody, and so keep others off the shard until it is stale."""
     writer, other = toy.writer(tmp_path / "c"), toy.writer(tmp_path / "c")
 
-    def die(self, data):
-        self.touch()
+    def die(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as dying:
-        dying.setattr(Path, "write_bytes", die)
+        dying.setattr(os, "write", die)
         with pytest.raises(KeyboardInterrupt):
             writer.claim(0)
     assert not (tmp_path / "c" / "claims" / "00000").exists()
@@ -302,6 +302,7 @@ def test_silent_claim_is_taken_over(toy, tmp_path, silent_s, taken):
     assert other.claim(0)
     path = tmp_path / "c" / "claims" / "00000"
     os.utime(path, (path.stat().st_mtime - silent_s,) * 2)
+    other._claims._renewed.clear()  # so long ago
     assert writer.claim(0) is taken
     assert other.claim(0) is not taken  # the heartbeat of one who lost it
 
@@ -324,6 +325,8 @@ def test_claims_of_this_process_are_renewed(toy, tmp_path):
     assert isinstance(writer._claims, Claims) and writer.claim(0)
     path = tmp_path / "c" / "claims" / "00000"
     os.utime(path, (0, 0))
+    assert writer.claim(0) and path.stat().st_mtime == 0  # not at every batch
+    writer._claims._renewed[0] -= STALE_AFTER_S / 30
     assert writer.claim(0) and path.stat().st_mtime > 0
     assert json.loads(path.read_bytes())["pid"] == os.getpid()
 
@@ -354,21 +357,25 @@ def test_seal_refuses_a_shard_whose_data_is_gone(toy, tmp_path):
     with pytest.raises(CorruptShard, match="gone") as caught:
         writer.seal()
     assert caught.value.shard == 1
-    assert "shards/00001.json" in str(caught.value)
+    assert records[1].file in str(caught.value) and "repair" in str(caught.value)
 
 
 def test_advice_for_a_corrupt_shard_works(toy, cache):
-    """Follow the error message: remove the record and the seal, run again; the cache is whole."""
+    """Follow the error message: repair, run again; the cache is whole, and what was damaged lies aside."""
     before = contents(cache)
     victim = next((cache / "shards").glob("00001-*"))
     victim.write_bytes(b"x" * victim.stat().st_size)
     with pytest.raises(CorruptShard) as caught:
         list(CacheReader.open(cache).rows())
-    (line,) = [line for line in str(caught.value).splitlines() if "rm -f" in line]
-    subprocess.run(line.split("   and run")[0], shell=True, check=True)
+    (line,) = [line for line in str(caught.value).splitlines() if "repair" in line]
+    command = line.partition("next: python")[2].partition("   ")[0]
+    subprocess.run(sys.executable + command, shell=True, check=True)
     assert toy.writer(cache).missing() == [1]
     toy.build(cache)
-    assert contents(cache) == before
+    after = contents(cache)
+    aside = {after.pop(name) for name in list(after) if name.startswith("aside/")}
+    assert after == before
+    assert aside == {b"x" * victim.stat().st_size, before["shards/00001.json"], before["sealed.json"]}
 
 
 # --- places where a cache cannot be ----------------------------------------------------------------------------------
@@ -538,7 +545,7 @@ def test_bad_row_is_refused(make_toy, tmp_path, what):
     writer = toy.writer(tmp_path / "c")
     with pytest.raises(InvalidRow, match=rf"shard 0, row {which} .*{what}"):
         writer.commit(0, rows, [], {})
-    assert not list((tmp_path / "c" / "shards").iterdir())
+    assert not list((tmp_path / "c").rglob("*.parquet"))
 
 
 def test_numbers_of_unusable_positions_may_be_anything(toy, tmp_path):

@@ -105,7 +105,7 @@ def test_a_cache_of_drawn_ids_is_refused_where_the_largest_are_needed(tmp_path: 
     reader, prompts = opened(tmp_path, cache=SAMPLED, arms=KL), prompts_of(tmp_path / "model")
     loss = "logit_mse" if arm.logit_mse else "uld"
     with pytest.raises(
-        RunError, match=rf"cache at {reader.root} keeps drawn ids .*{loss} .* --set cache.selector=topk"
+        RunError, match=rf"cache at {reader.location} keeps drawn ids .*{loss} .* --set cache.selector=topk"
     ):
         Collator(reader, prompts, 320, arm, "boundary")
     Collator(reader, prompts, 23, Arm(kl=1.0), "boundary")  # fewer ids than draws: each row's ids are checked instead

@@ -297,7 +297,7 @@ def fill_cache(recipe: Any, edit: Callable[[Any], Any] = lambda row: row) -> Pat
         kept = [row for row in planned if isinstance(row, CacheRow)]
         writer.commit(shard, kept, [row for row in planned if not isinstance(row, CacheRow)], {})
     writer.seal()
-    return experiment.cache_dir
+    return Path(experiment.cache_dir)
 
 
 def answer_logits(model: Any, encoded: Any) -> Any:

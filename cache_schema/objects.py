@@ -1,0 +1,190 @@
+"""A cache in an object store, or on anything else that fsspec opens by URL: `s3://`, `gs://`, `az://`, ...
+
+Called by `store.open_store`. An object appears whole or not at all, so a PUT is what flush and rename are on a disk. A
+commit record is created by a conditional PUT (If-None-Match, or its like). Whether the answer to one was lost is found
+out by reading: if our bytes are there, we won. What is read is never taken from a listing that was kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cache_schema import layout
+from cache_schema.copies import Copies
+from cache_schema.errors import StorageError
+from cache_schema.store import Store
+
+CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})  # fsspec's mode="create" is atomic there
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+
+
+class ObjectStore(Store):
+    """The cache below a URL. Credentials and endpoints are the environment's: AWS_*, GOOGLE_*, fsspec's own files."""
+
+    def __init__(self, url: str, copies: Copies | None = None) -> None:
+        self.location = url.rstrip("/")
+        self._protocol = url.partition("://")[0]
+        self._fs, self._root = _opened(self.location)
+        self._copies = copies or Copies()
+
+    def exists(self) -> bool:
+        return bool(self.listing())
+
+    def prepare(self) -> None:
+        """Nothing to make; but a store whose conditional PUT does not hold would let two writers commit one shard."""
+        if self._protocol not in CONDITIONAL:
+            return
+        probe = f"{layout.CLAIMS}/probe-{time.time_ns()}"
+        try:
+            if not self._create(probe, b"1") or self._create(probe, b"2"):
+                raise StorageError(
+                    f"{self.location}: the store ignores If-None-Match, so two writers could commit the same shard\n"
+                    "  next: use a store that has conditional writes (S3, GCS, Azure, a recent MinIO), or a folder"
+                )
+        finally:
+            self.remove(probe)
+
+    def listing(self, folder: str = "") -> dict[str, int]:
+        with _translated():
+            try:
+                found = self._fs.ls(self._key(folder), detail=True, refresh=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+        entries = ((item["name"].rstrip("/").rpartition("/")[2], item) for item in found)
+        prefix = self._key(folder).rpartition("/")[2]
+        return {
+            plain: int(item["size"] or 0) if item["type"] == "file" else -1
+            for plain, item in entries
+            if plain and not (plain == prefix and item["type"] == "directory")
+        }
+
+    def has(self, name: str) -> bool:
+        with _translated():
+            try:
+                self._fs.info(self._key(name), refresh=True)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def read(self, name: str, most: int) -> bytes:
+        with _translated():
+            return bytes(self._fs.cat_file(self._key(name), start=0, end=most + 1))
+
+    def publish(self, name: str, data: bytes | memoryview) -> None:
+        with _translated(writing=True):
+            self._fs.pipe_file(self._key(name), bytes(data))
+
+    def create(self, name: str, data: bytes | memoryview) -> bool:
+        try:
+            if self._create(name, bytes(data)):
+                return True
+        except OSError:  # done, or not done, or done and the answer lost
+            with suppress(FileNotFoundError):
+                return self._is(name, data)
+            raise
+        return self._is(name, data)  # refused, perhaps because a lost first attempt of our own had succeeded
+
+    def _is(self, name: str, data: bytes | memoryview) -> bool:
+        """Whether an object holds these bytes. Raises FileNotFoundError where it is not there."""
+        return self.read(name, len(data)) == data
+
+    def _create(self, name: str, data: bytes) -> bool:
+        try:
+            with _translated(writing=True):
+                self._fs.pipe_file(self._key(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        with _translated(), suppress(FileNotFoundError):
+            self._fs.rm_file(self._key(name))
+
+    def set_aside(self, name: str, to: str) -> None:
+        with _translated():
+            self._fs.cp_file(self._key(name), self._key(to))
+            self._fs.rm_file(self._key(name))
+
+    def age_s(self, name: str) -> float:
+        with _translated():
+            written = self._fs.modified(self._key(name))
+        return float((datetime.now(UTC) - written).total_seconds())
+
+    def tidy(self) -> None:
+        for plain in self.listing(layout.CLAIMS):
+            self.remove(f"{layout.CLAIMS}/{plain}")
+
+    def open_data(self, file: str, sha256: str) -> Any:
+        import pyarrow as pa
+
+        def fetch(path: Path) -> None:
+            try:
+                with _translated():
+                    self._fs.get_file(self._key(layout.data(file)), str(path))
+            except FileNotFoundError:
+                raise ValueError("there is no such file") from None
+            with path.open("rb") as copy:
+                found = hashlib.file_digest(copy, "sha256").hexdigest()
+            if found != sha256:
+                raise ValueError(f"its SHA-256 is {found}, its commit record says {sha256}")
+
+        try:
+            for _ in range(100):
+                with suppress(FileNotFoundError):  # removed, to make room, before we could open it
+                    return pa.OSFile(str(self._copies.get(file, fetch)))
+            raise OSError(errno.ENOSPC, "copies are removed faster than they can be read")
+        except OSError as error:
+            raise StorageError(
+                f"reading {self.path(layout.data(file))} into {self._copies.folder} failed: "
+                f"{error.strerror or error}\n  {self.advice(error)}"
+            ) from error
+
+    def path(self, name: str) -> str:
+        return f"{self.location}/{name}"
+
+    def _key(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def advice(self, error: OSError) -> str:
+        if error.errno == errno.ENOSPC:
+            return f"next: make room in {self._copies.folder}, or choose another: --set runtime.copies=FOLDER"
+        return (
+            "next: check the URL, the credentials and the network, then run the same command again;\n"
+            "        every committed shard is kept and is not computed again"
+        )
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, without a memory of listings, and the path inside it."""
+    protocol = url.partition("://")[0]
+    try:
+        from fsspec.core import url_to_fs
+
+        found, root = url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+    except (ImportError, ValueError) as error:
+        extra = _EXTRAS.get(protocol)
+        install = f"pip install 'logitbank[{extra}]'" if extra else f"install fsspec's package for {protocol}://"
+        raise StorageError(f"{url} cannot be opened: {error}\n  next: {install}") from None
+    return found, str(root).rstrip("/")
+
+
+@contextmanager
+def _translated(writing: bool = False) -> Iterator[None]:
+    """Whatever a file system's library raises as an OSError; only what is read can be missing."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if writing:
+            raise OSError(errno.EIO, f"there is no such place: {error}") from error
+        raise
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # botocore's, aiohttp's, google's: none of them is an OSError
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,74 @@
+"""Setting aside what is damaged, and nothing else. Called by `python -m cache_schema repair`.
+
+A bad shard's data file and record go to `aside/`, and the seal with them; stage 1 then makes that shard again.
+A record that was lost or altered is written again from the seal where the data file is sound. The seal goes first: a
+repair that is stopped half way leaves a cache that says it is not complete.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cache_schema import layout
+from cache_schema.store import Store
+from cache_schema.verify import Problem, VerifyReport, verify
+
+
+@dataclass
+class RepairReport:
+    """What was wrong and what was done. `found` is what `verify` said before."""
+
+    found: VerifyReport
+    set_aside: list[str] = field(default_factory=list)  # names inside the cache
+    rewritten: list[str] = field(default_factory=list)  # commit records, from the seal
+    shards: list[int] = field(default_factory=list)  # that stage 1 has to make again
+    left: list[Problem] = field(default_factory=list)  # beyond repair
+
+
+def repair(
+    location: str | os.PathLike[str], on_shard: Callable[[int, int], None] = lambda done, of: None
+) -> RepairReport:
+    """Verify, and set aside what is bad. Raises CacheError as `verify` does, and StorageError."""
+    found = verify(location, on_shard)
+    report, store = RepairReport(found), found.store
+    records = {record.shard: record for record in found.records}
+    files = {problem.file for problem in found.problems}
+    bad: set[int] = set()
+    for problem in found.problems:
+        shard = problem.shard
+        if shard is None:
+            if problem.file not in (layout.SEALED, layout.VOCABULARY):
+                report.left.append(problem)
+        elif not (found.sealed and shard in records and layout.data(records[shard].file) not in files):
+            bad.add(shard)
+    with store.errors("repairing the cache"):
+        if (bad or layout.SEALED in files) and store.has(layout.SEALED):
+            report.set_aside.append(_set_aside(store, layout.SEALED))
+        for shard in sorted(bad):
+            report.set_aside += [_set_aside(store, name) for name in _names_of(store, shard)]
+        if layout.VOCABULARY in files and store.has(layout.VOCABULARY):
+            report.set_aside.append(_set_aside(store, layout.VOCABULARY))
+        for shard in sorted({p.shard for p in found.problems if p.shard is not None} - bad):
+            store.publish(layout.record(shard), records[shard].dump(found.manifest.fingerprint))
+            report.rewritten.append(layout.record(shard))
+    report.shards = sorted(shard for shard in bad if shard < found.manifest.shards)
+    return report
+
+
+def _names_of(store: Store, shard: int) -> list[str]:
+    """The record of a shard, then whatever claims to be its data: a damaged record does not say which is."""
+    plain = store.listing(layout.SHARDS)
+    data = [layout.data(name) for name in sorted(plain) if layout.shard_of_data(name) == shard]
+    return [*([layout.record(shard)] if f"{shard:05d}.json" in plain else []), *data]
+
+
+def _set_aside(store: Store, name: str) -> str:
+    """Under a name that is free: an earlier repair may have set aside another file of this name."""
+    plain = name.rpartition("/")[2]
+    taken, number = store.listing(layout.ASIDE), 1
+    while f"{plain}.{number}" in taken:
+        number += 1
+    store.set_aside(name, f"{layout.ASIDE}/{plain}.{number}")
+    return name
