@@ -143,7 +143,7 @@ def test_killed_again_and_again(server, clean, tmp_path, tried, runs):
 def killed_if_it_gets_there(server: ForkServer, cache: Path, point: Point) -> int:
     """A resumed run makes fewer calls: it may end before the one that was drawn."""
     try:
-        return inject(server, [cache], cache, point, "signal=SIGKILL").code
+        return crashes.inject_once(server, [cache], cache, point, "signal=SIGKILL").code
     except crashes.NotHit as other:
         return other.outcome.code
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 TOY_OF_THE_CACHE = ROOT / "tests" / "cache_schema" / "conftest.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENV["PYTHONDONTWRITEBYTECODE"] = "1"  # else the first run makes other calls than the second
 
 LOAD_TOY = f"""
 import importlib.util, os, sys, time
@@ -40,12 +41,13 @@ Toy = module.Toy
 """
 
 _SERVE = """
-import json, os, sys, traceback
+import io, json, os, sys, traceback
 
 def _child(gate, log, arguments):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 1)
     os.dup2(1, 2)
+    sys.stdout = sys.stderr = printed = io.StringIO()  # bars write when the clock says so: no call is to be theirs
     code = 1
     try:
         os.read(gate, 1)
@@ -55,11 +57,10 @@ def _child(gate, log, arguments):
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:  # where every write is refused, the exit code has to do
-                pass
+        try:
+            os.write(1, printed.getvalue().encode())
+        except OSError:  # where every write is refused, the exit code has to do
+            pass
         os._exit(code)
 
 print("ready", flush=True)
@@ -170,6 +171,38 @@ class Child:
         return self.log.read_text(errors="replace")
 
 
+# --- what must be equal ----------------------------------------------------------------------------------------------
+
+
+def cache_content(cache: Path) -> dict[str, object]:
+    """Every file of a cache; documents as what they say, but for who made it when and where."""
+    found: dict[str, object] = {}
+    for path in sorted(p for p in cache.rglob("*") if p.is_file()):
+        name = str(path.relative_to(cache))
+        found[name] = _without_provenance(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+    return found
+
+
+def _without_provenance(tree: object) -> object:
+    if isinstance(tree, list):
+        return [_without_provenance(branch) for branch in tree]
+    if isinstance(tree, dict):  # the checksum is of all fields, and so of the provenance too
+        return {k: _without_provenance(v) for k, v in tree.items() if k not in ("provenance", "checksum")}
+    return tree
+
+
+def run_content(run: Path) -> dict[str, object]:
+    """Every file of the trained students in a run folder, but for how fast they were and TensorBoard's copy of that."""
+    found: dict[str, object] = {}
+    for path in sorted(p for p in (run / "students").rglob("*") if p.is_file()):
+        if path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[str(path.relative_to(run))] = [{**line, "tokens_per_s": None} for line in lines]
+        elif "tensorboard" not in path.parts:
+            found[str(path.relative_to(run))] = path.read_bytes()
+    return found
+
+
 # --- strace ----------------------------------------------------------------------------------------------------------
 
 # Everything by which a process can change a folder, or rely on its being on the disk.
@@ -178,6 +211,7 @@ CALLS = (
     "rename renameat renameat2 link linkat symlink symlinkat unlink unlinkat mkdir mkdirat rmdir "
     "copy_file_range sendfile"
 ).split()
+TRIES = 10
 _TRACE = ",".join(f"?{call}" for call in CALLS)
 
 
@@ -188,6 +222,7 @@ class Point:
     call: str
     nth: int
     line: str  # with the folder and all that differs from run to run taken out
+    of_its_kind: int  # so many points before it have its call and line
 
     def __str__(self) -> str:
         return f"{self.call} {self.nth}: {self.line}"
@@ -231,10 +266,28 @@ def trace(server: ForkServer, arguments: Sequence[object], folder: Path, ignore:
 def inject(
     server: ForkServer, arguments: Sequence[object], folder: Path, point: Point, what: str, lasting: bool = False
 ) -> Outcome:
-    """Run again with something injected at a point, such as `signal=SIGKILL` or `error=ENOSPC`; what came of it.
+    """Run with something injected at a point, such as `signal=SIGKILL` or `error=ENOSPC`; what came of it.
 
-    lasting: at every later call of the same name as well. Raises NotHit when the call hit is not the one meant.
+    lasting: at every later call of the same name as well. Where threads make the number of calls that open a file to
+    read vary from run to run, the point is looked up anew; NotHit is raised if it is missed again and again.
     """
+    nth = point.nth
+    for _ in range(TRIES):
+        try:
+            return inject_once(server, arguments, folder, replace(point, nth=nth), what, lasting)
+        except NotHit as error:
+            missed = error
+        shutil.rmtree(folder, ignore_errors=True)
+        again = [p for p in trace(server, arguments, folder) if (p.call, p.line) == (point.call, point.line)]
+        shutil.rmtree(folder)
+        nth = again[point.of_its_kind].nth
+    raise missed
+
+
+def inject_once(
+    server: ForkServer, arguments: Sequence[object], folder: Path, point: Point, what: str, lasting: bool = False
+) -> Outcome:
+    """As `inject`, into a folder as it is. Raises NotHit when that call of the run is another one, or never comes."""
     tamper = ["-e", f"inject={point.call}:{what}:when={point.nth}{'+' * lasting}"]
     outcome, lines = _traced(server, arguments, tamper, 120)
     meant = [p for p in _points(lines, folder) if (p.call, p.nth) == (point.call, point.nth)]
@@ -265,7 +318,7 @@ def _traced(
 
 
 _CALL = re.compile(r"(\w+)\((.*)")
-_TEMPORARY = re.compile(r"\.tmp-[^/\s]*")  # its name has the process and random digits
+_TEMPORARY = re.compile(r"\.tmp[^/\s]*")  # its name has the process and random digits
 
 
 def _points(lines: Sequence[str], folder: Path) -> list[Point]:
@@ -280,5 +333,6 @@ def _points(lines: Sequence[str], folder: Path) -> list[Point]:
         if str(folder) not in rest or (call == "openat" and "O_CREAT" not in rest):
             continue
         where = [path[len(str(folder)) :] or "." for path in re.findall(rf"{re.escape(str(folder))}[^\">]*", rest)]
-        found.append(Point(call, counts[call], _TEMPORARY.sub(".tmp", " ".join(where))))
+        said = _TEMPORARY.sub(".tmp", " ".join(where))
+        found.append(Point(call, counts[call], said, sum((p.call, p.line) == (call, said) for p in found)))
     return found
