@@ -23,7 +23,7 @@ class Folder(Store):
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        self.location = str(self.root)
+        self.location, self.exclusive = str(self.root), True
 
     def exists(self) -> bool:
         return self.root.is_dir()

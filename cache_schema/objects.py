@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import time
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -22,6 +22,9 @@ from cache_schema.errors import StorageError
 from cache_schema.store import Store
 
 CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})  # fsspec's mode="create" is atomic there
+ATTEMPTS = 3  # at a conditional PUT that neither succeeded nor was refused; fsspec's package has retried it before
+_ADVICE = """next: check the URL, the credentials and the network, then run the same command again;
+        every committed shard is kept and is not computed again"""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
@@ -30,7 +33,7 @@ class ObjectStore(Store):
 
     def __init__(self, url: str, copies: Copies | None = None) -> None:
         self.location = url.rstrip("/")
-        self._protocol = url.partition("://")[0]
+        self.exclusive = url.partition("://")[0] in CONDITIONAL
         self._fs, self._root = _opened(self.location)
         self._copies = copies or Copies()
 
@@ -39,9 +42,9 @@ class ObjectStore(Store):
 
     def prepare(self) -> None:
         """Nothing to make; but a store whose conditional PUT does not hold would let two writers commit one shard."""
-        if self._protocol not in CONDITIONAL:
+        if not self.exclusive:
             return
-        probe = f"{layout.CLAIMS}/probe-{time.time_ns()}"
+        probe = f"{layout.CLAIMS}/probe-{os.urandom(8).hex()}"
         try:
             if not self._create(probe, b"1") or self._create(probe, b"2"):
                 raise StorageError(
@@ -52,21 +55,20 @@ class ObjectStore(Store):
             self.remove(probe)
 
     def listing(self, folder: str = "") -> dict[str, int]:
-        with _translated():
+        with self._asking(f"listing {folder or 'the cache'}"):
             try:
                 found = self._fs.ls(self._key(folder), detail=True, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
                 return {}
-        entries = ((item["name"].rstrip("/").rpartition("/")[2], item) for item in found)
-        prefix = self._key(folder).rpartition("/")[2]
+        entries = ((item["name"].rstrip("/"), item) for item in found)
         return {
-            plain: int(item["size"] or 0) if item["type"] == "file" else -1
-            for plain, item in entries
-            if plain and not (plain == prefix and item["type"] == "directory")
+            name.rpartition("/")[2]: int(item["size"] or 0) if item["type"] == "file" else -1
+            for name, item in entries
+            if name.rpartition("/")[0] == self._key(folder).rstrip("/")  # not an object that stands for the folder
         }
 
     def has(self, name: str) -> bool:
-        with _translated():
+        with self._asking(f"looking for {name}"):
             try:
                 self._fs.info(self._key(name), refresh=True)
             except FileNotFoundError:
@@ -74,21 +76,25 @@ class ObjectStore(Store):
         return True
 
     def read(self, name: str, most: int) -> bytes:
-        with _translated():
-            return bytes(self._fs.cat_file(self._key(name), start=0, end=most + 1))
+        with self._asking(f"reading {name}"):
+            size = self._fs.info(self._key(name), refresh=True)["size"] or 0
+            return bytes(self._fs.cat_file(self._key(name), start=0, end=min(size, most + 1))) if size else b""
 
     def publish(self, name: str, data: bytes | memoryview) -> None:
-        with _translated(writing=True):
+        with self._asking(f"writing {name}", writing=True):
             self._fs.pipe_file(self._key(name), bytes(data))
 
     def create(self, name: str, data: bytes | memoryview) -> bool:
-        try:
-            if self._create(name, bytes(data)):
-                return True
-        except OSError:  # done, or not done, or done and the answer lost
-            with suppress(FileNotFoundError):
-                return self._is(name, data)
-            raise
+        for attempts_left in range(ATTEMPTS)[::-1]:
+            try:
+                if self._create(name, bytes(data)):
+                    return True
+                break
+            except StorageError:  # not done, or done and the answer lost, or another was at it (409)
+                with suppress(FileNotFoundError):
+                    return self._is(name, data)
+                if not attempts_left:
+                    raise
         return self._is(name, data)  # refused, perhaps because a lost first attempt of our own had succeeded
 
     def _is(self, name: str, data: bytes | memoryview) -> bool:
@@ -97,23 +103,23 @@ class ObjectStore(Store):
 
     def _create(self, name: str, data: bytes) -> bool:
         try:
-            with _translated(writing=True):
+            with self._asking(f"creating {name}", writing=True):
                 self._fs.pipe_file(self._key(name), data, mode="create")
         except FileExistsError:
             return False
         return True
 
     def remove(self, name: str) -> None:
-        with _translated(), suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._asking(f"removing {name}"):
             self._fs.rm_file(self._key(name))
 
     def set_aside(self, name: str, to: str) -> None:
-        with _translated():
+        with self._asking(f"setting {name} aside"):
             self._fs.cp_file(self._key(name), self._key(to))
             self._fs.rm_file(self._key(name))
 
     def age_s(self, name: str) -> float:
-        with _translated():
+        with self._asking(f"asking for the age of {name}"):
             written = self._fs.modified(self._key(name))
         return float((datetime.now(UTC) - written).total_seconds())
 
@@ -126,7 +132,7 @@ class ObjectStore(Store):
 
         def fetch(path: Path) -> None:
             try:
-                with _translated():
+                with self._asking(f"reading {file}"):
                     self._fs.get_file(self._key(layout.data(file)), str(path))
             except FileNotFoundError:
                 raise ValueError("there is no such file") from None
@@ -142,8 +148,8 @@ class ObjectStore(Store):
             raise OSError(errno.ENOSPC, "copies are removed faster than they can be read")
         except OSError as error:
             raise StorageError(
-                f"reading {self.path(layout.data(file))} into {self._copies.folder} failed: "
-                f"{error.strerror or error}\n  {self.advice(error)}"
+                f"copying {file} to {self._copies.folder} failed: {error.strerror or error}\n"
+                "  next: make room there, or choose another folder: --set runtime.copies=FOLDER"
             ) from error
 
     def path(self, name: str) -> str:
@@ -153,12 +159,23 @@ class ObjectStore(Store):
         return f"{self._root}/{name}" if name else self._root
 
     def advice(self, error: OSError) -> str:
-        if error.errno == errno.ENOSPC:
-            return f"next: make room in {self._copies.folder}, or choose another: --set runtime.copies=FOLDER"
-        return (
-            "next: check the URL, the credentials and the network, then run the same command again;\n"
-            "        every committed shard is kept and is not computed again"
-        )
+        return _ADVICE
+
+    @contextmanager
+    def _asking(self, doing: str, writing: bool = False) -> Iterator[None]:
+        """Whatever a file system's library raises, as a StorageError: what cannot be reached is not damaged.
+
+        FileExistsError passes, and FileNotFoundError where something is read: callers know why.
+        """
+        try:
+            yield
+        except (FileExistsError, MemoryError, StorageError):
+            raise
+        except Exception as error:  # botocore's, aiohttp's and google's are no OSErrors
+            if isinstance(error, FileNotFoundError) and not writing:
+                raise
+            reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise StorageError(f"{doing} failed: {reason} ({self.location})\n  {_ADVICE}") from error
 
 
 def _opened(url: str) -> tuple[Any, str]:
@@ -173,18 +190,3 @@ def _opened(url: str) -> tuple[Any, str]:
         install = f"pip install 'logitbank[{extra}]'" if extra else f"install fsspec's package for {protocol}://"
         raise StorageError(f"{url} cannot be opened: {error}\n  next: {install}") from None
     return found, str(root).rstrip("/")
-
-
-@contextmanager
-def _translated(writing: bool = False) -> Iterator[None]:
-    """Whatever a file system's library raises as an OSError; only what is read can be missing."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if writing:
-            raise OSError(errno.EIO, f"there is no such place: {error}") from error
-        raise
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # botocore's, aiohttp's, google's: none of them is an OSError
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error

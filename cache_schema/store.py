@@ -29,6 +29,7 @@ class Store(ABC):
     """The place of one cache. `location` is what a user types to mean it."""
 
     location: str
+    exclusive: bool  # whether `create` holds against others who create at the same moment
 
     @abstractmethod
     def exists(self) -> bool:

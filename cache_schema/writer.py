@@ -36,6 +36,7 @@ class CacheWriter:
     def __init__(self, store: Store, manifest: Manifest, stale_after_s: float) -> None:
         self._store = store
         self._claims = Claims(store, stale_after_s)
+        self.exclusive = store.exclusive  # without, one process at a time may write
         self.manifest = manifest
 
     @classmethod

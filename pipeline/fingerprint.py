@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from cache_schema.copies import Copies
 from cache_schema.manifest import fingerprint_of
+from cache_schema.reader import CacheReader
 from cache_schema.schema import SCHEMA_VERSION
 from pipeline.data import TrainingSet, task_options, training_set
 from pipeline.models import ModelSource, load_tokenizer, locate, tokenizer_digest
@@ -90,3 +92,9 @@ class Experiment:
         if self.recipe.cache.dir is not None:
             return self.recipe.cache.dir
         return default_cache_dir(self.recipe, self.fingerprint)
+
+    def open_cache(self, require_sealed: bool = True) -> CacheReader:
+        """The cache, of this very identity. Raises CacheError as `CacheReader.open` does."""
+        runtime = self.recipe.runtime
+        copies = Copies(runtime.copies, int(runtime.copies_gb * 1e9))
+        return CacheReader.open(self.cache_dir, expect=self.identity, require_sealed=require_sealed, copies=copies)

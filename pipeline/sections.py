@@ -246,3 +246,7 @@ class Runtime(Section):
         4096, ge=1, description="stage 1: padded tokens in a batch, encoder's and decoder's; not the shared context"
     )
     processes: int = Field(1, ge=1, description="stage 2: processes (one a GPU), started through torchrun when above 1")
+    copies: str = Field(
+        "~/.cache/logitbank", description="where data files of a cache at a URL are kept while they are read"
+    )
+    copies_gb: float = Field(64.0, gt=0, description="how much to keep there; what was used longest ago goes first")
