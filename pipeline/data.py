@@ -12,18 +12,19 @@ identity or in its worked examples, and are only scored.
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import DataError, RecipeError, unknown_name
 from pipeline.recipe import Recipe
+from pipeline.rows import example_of, read_rows
 from pipeline.sections import Data
-from pipeline.tasks import Example, HubSource, Row, Task, get_task
+from pipeline.tasks import Example, get_task
 
 T = TypeVar("T")
 
@@ -52,7 +53,10 @@ class Shots:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The training rows by role: rows = len(cached) + len(held_out) + shots taken out."""
+    """The training rows by role: rows = len(cached) + len(held_out) + shots taken out.
+
+    Rows that cannot be used stay among the cached, where stage 1 quarantines them; no shot and no held-out row is one.
+    """
 
     rows: int
     cached: tuple[Example, ...]
@@ -65,11 +69,14 @@ class TrainingSet:
         return sum(example.truncated for example in self.cached)
 
     def content_digest(self) -> str:
-        """SHA-256 of what is cached and of the shots' text, in order."""
+        """SHA-256 of what is cached and of the shots' text, in order; of an unusable row, of the row as it is."""
         digest = hashlib.sha256()
         pools = [shot for task in sorted(self.shots.pool) for shot in self.shots.pool[task]] if self.shots.count else []
         for example in [*self.cached, *pools]:
-            digest.update(json.dumps([example.id, example.task, example.prompt, example.answer]).encode())
+            content = [example.prompt, example.answer]
+            if example.unusable:
+                content = [example.unusable, example.extra["sha256"]]
+            digest.update(json.dumps([example.id, example.task, *content]).encode())
         return digest.hexdigest()
 
 
@@ -85,7 +92,8 @@ def training_set(recipe: Recipe) -> TrainingSet:
     if len(tasks) > 1:
         random.Random(f"{data.seed}/mixture").shuffle(examples)
     rows = len(examples)
-    by_task = {name: [e for e in examples if e.task == name] for name in tasks}
+    # An empty answer teaches nothing: stage 1 quarantines its example, and it is no worked example either.
+    by_task = {name: [e for e in _usable(examples) if e.task == name and e.answer.strip()] for name in tasks}
     for name, members in by_task.items():
         if len(members) <= teacher.shots:
             raise DataError(
@@ -99,11 +107,12 @@ def training_set(recipe: Recipe) -> TrainingSet:
     else:
         pool, taken = {name: tuple(members) for name, members in by_task.items()}, set()
     rest = [e for e in examples if (e.task, e.prompt) not in taken]
-    if data.held_out >= len(rest):
+    sound = _usable(rest)
+    if data.held_out >= len(sound):
         raise DataError(
-            f"data.held_out is {data.held_out}, but only {len(rest)} training rows are left; hold out fewer"
+            f"data.held_out is {data.held_out}, but only {len(sound)} training rows are left; hold out fewer"
         )
-    held_ids = {e.id for e in _sample(rest, data.held_out, data.seed + 1)} if data.held_out else set()
+    held_ids = {e.id for e in _sample(sound, data.held_out, data.seed + 1)} if data.held_out else set()
     if held_ids and teacher.shot_policy == "per_example":
         pool = {name: tuple(e for e in members if e.id not in held_ids) for name, members in pool.items()}
     return TrainingSet(
@@ -121,17 +130,17 @@ def eval_examples(recipe: Recipe, split: str) -> tuple[Example, ...]:
     """
     data, tasks = recipe.data, recipe.trained_tasks
     if split == "train":
-        cached = training_set(recipe).cached
+        cached = _usable(training_set(recipe).cached)
         per_task = [_sample([e for e in cached if e.task == name], data.tasks[name].eval, data.seed) for name in tasks]
     else:
-        per_task = [_examples(name, split, data, data.tasks[name].eval) for name in tasks]
+        per_task = [_scored(name, split, data) for name in tasks]
     return tuple(_limited(per_task, data.eval_limit, data))
 
 
 def unseen_examples(recipe: Recipe) -> tuple[Example, ...]:
     """The test examples of the tasks that are only scored."""
     data = recipe.data
-    per_task = [_examples(name, "test", data, data.tasks[name].eval) for name in recipe.unseen_tasks]
+    per_task = [_scored(name, "test", data) for name in recipe.unseen_tasks]
     return tuple(_limited(per_task, data.eval_limit, data))
 
 
@@ -143,7 +152,10 @@ def eval_shots(recipe: Recipe) -> Shots:
     data, count, seed = recipe.data, recipe.eval.shots, recipe.teacher.shot_seed
     pool: dict[str, tuple[Example, ...]] = {}
     for name in recipe.unseen_tasks if count else []:
-        pool[name] = tuple(_examples(name, "train", data, count, seed))
+        drawn = _examples(name, "train", data, count, seed)
+        if any(e.unusable for e in drawn):
+            drawn = _sample(_usable(_examples(name, "train", data, None)), count, seed)
+        pool[name] = tuple(drawn)
         if len(pool[name]) < count:
             raise DataError(
                 f"task {name}: {len(pool[name])} training rows, but eval.shots asks for {count} as worked examples; "
@@ -169,94 +181,42 @@ def task_options(name: str, data: Data) -> BaseModel:
 
 
 def _examples(name: str, split: str, data: Data, count: int | None, seed: int | None = None) -> list[Example]:
-    """`count` examples of one task's split, drawn by the seed (data.seed if None); ids unique over tasks and splits.
+    """`count` examples of one task's split, drawn by the seed (data.seed if None), unusable ones among them.
 
-    Rows are drawn before they are converted: a large data set costs what is drawn of it.
+    Rows are drawn before they are converted: a large data set costs what is drawn of it. Raises DataError where none
+    can be used.
     """
     task, options = get_task(name), task_options(name, data)
-    where, rows = _rows(task, split, data, options)
-    examples = []
-    for index in _sample(range(len(rows)), count, data.seed if seed is None else seed):
-        row = rows[index]
-        try:
-            example = task.to_example(row, index, options)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(
-                f"{where}, row {index}: task {name} cannot read it: {type(error).__name__} {error}; "
-                f"found the fields {sorted(row) if isinstance(row, Mapping) else type(row).__name__}"
-            ) from None
-        if not (_is_text(example.prompt) and _is_text(example.answer)):
-            raise DataError(f"{where}, row {index}: prompt and answer must be text, without lone surrogates")
-        examples.append(replace(example, id=f"{split}/{example.id}"))
-    if not examples:
+    where, rows = read_rows(task, split, data, options)
+    if not len(rows):
         raise DataError(f"{where}: task {name} has no rows; the file or the split is empty")
+    drawn = _sample(range(len(rows)), count, data.seed if seed is None else seed)
+    examples = [example_of(task, split, rows[index], index, options) for index in drawn]
+    if not _usable(examples):
+        what = examples[0].extra["what"]
+        first = what if what.startswith("line ") else f"row {drawn[0]}: {what}"
+        others = f"\n  none of the other {len(examples) - 1} rows can be used either" if len(examples) > 1 else ""
+        raise DataError(f"{where}, {first}{others}")
     return examples
 
 
-def _is_text(value: object) -> bool:
-    """Whether it is text that can be written as UTF-8. JSON allows halves of surrogate pairs, tokenizers do not."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
-def _rows(task: Task, split: str, data: Data, options: BaseModel) -> tuple[str, Sequence[Row]]:
-    """Where a split comes from, in words for errors, and its rows."""
-    source = task.source
-    rows: Iterable[Row]
-    if data.dir is not None:
-        path = Path(data.dir) / task.name / f"{split}.jsonl"
-        where, rows = str(path), _jsonl(path)
-    elif isinstance(source, HubSource):
-        where, rows = f"{source.path} on the Hub, split {split}", _hub(task, source, split)
-    else:
-        return f"task {task.name}, split {split}", list(source(split, options))
-    if isinstance(source, HubSource) and source.rows is not None:
-        try:
-            return where, list(source.rows(rows))
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{where}: task {task.name} cannot gather its rows: {type(error).__name__} {error}"
-            ) from None
-    return where, rows
-
-
-def _jsonl(path: Path) -> list[Row]:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise DataError(
-            f"{path}: expected a file of JSON lines, found {found}; check data.dir (<dir>/<task>/<split>.jsonl)"
+def _scored(name: str, split: str, data: Data) -> list[Example]:
+    """The examples of a split that is scored. Rows that cannot be used have no gold answer: they are left out, said
+    so on stderr, and the n beside every score does not count them."""
+    examples = _examples(name, split, data, data.tasks[name].eval)
+    if bad := [e for e in examples if e.unusable]:
+        named = ", ".join(f"{e.id} ({e.unusable})" for e in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        print(
+            f"task {name}, split {split}: {len(bad)} of {len(examples)} rows cannot be used and are not scored: "
+            + named,
+            file=sys.stderr,
+            flush=True,
         )
-    rows = []
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        rows.append(json.loads(line.decode("utf-8")))
-                    except ValueError as error:
-                        raise DataError(f"{path}, line {number}: not JSON in UTF-8: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path}: it cannot be read: {error.strerror}") from None
-    return rows
+    return _usable(examples)
 
 
-def _hub(task: Task, source: HubSource, split: str) -> Sequence[Row]:
-    import datasets
-
-    if split not in source.splits:
-        raise DataError(f"task {task.name} has no split '{split}'; it has {', '.join(source.splits)}")
-    try:
-        rows: Sequence[Row] = datasets.load_dataset(
-            source.path, source.config, split=source.splits[split], revision=source.revision
-        )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"task {task.name}: the data set {source.path} could not be loaded from the Hub: {error}. "
-            f"Without a network, put its rows into <folder>/{task.name}/{split}.jsonl and add --set data.dir=<folder>"
-        ) from None
-    return rows
+def _usable(examples: Iterable[Example]) -> list[Example]:
+    return [example for example in examples if not example.unusable]
 
 
 def _sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:

@@ -124,6 +124,16 @@ class PromptBuilder:
             return Encoded([self.start_id, *ids], 1, offsets, before)
         return Encoded(before + ids, len(before), offsets)
 
+    def try_encode(self, prompt: str, answer: str, shots: Sequence[Example] = ()) -> Encoded | None:
+        """As `encode`; None where the tokenizer or the chat template fails on these texts, whatever they raise: that is
+        one bad example, not the end of the run."""
+        try:
+            return self.encode(prompt, answer, shots)
+        except MemoryError:
+            raise
+        except Exception:
+            return None
+
     def text(self, ids: Sequence[int]) -> str:
         """What a model wrote: `ids` up to end-of-sequence, as text, without special tokens or outer space."""
         ids = list(ids)

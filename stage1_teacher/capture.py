@@ -74,7 +74,13 @@ class Capture:
         quarantined: list[QuarantinedExample] = []
         jobs: list[_Job] = []
         for example in examples:
-            encoded = self.prompts.encode(example.prompt, example.answer, self.shots.of(example))
+            if example.unusable:
+                quarantined.append(QuarantinedExample(example.id, example.task, example.unusable))
+                continue
+            encoded = self.prompts.try_encode(example.prompt, example.answer, self.shots.of(example))
+            if encoded is None:
+                quarantined.append(QuarantinedExample(example.id, example.task, "cannot_encode"))
+                continue
             reason, readable = self._usable(example, encoded)
             if reason:
                 quarantined.append(QuarantinedExample(example.id, example.task, reason, len(encoded.answer_ids)))
@@ -99,15 +105,23 @@ class Capture:
         """(why the example cannot be used at all or "", how many of its tokens count).
 
         The last token is never read, only predicted, so a window of W serves W + 1 tokens. An answer that goes beyond
-        is cut there: its later positions are in the ledger as `cut`.
+        is cut there: its later positions are in the ledger as `cut`. One that no prompt would leave room for is not
+        kept at all: it would be a row of nothing but cut positions, as large as its text is long. An id that the model
+        has no row for, which a tokenizer with added tokens can give, would stop the whole batch.
         """
-        readable = len(encoded.input_ids)
-        if self.teacher.window is not None:
-            readable = min(readable, self.teacher.window + 1)
+        readable, window = len(encoded.input_ids), self.teacher.window
+        if window is not None:
+            readable = min(readable, window + 1)
         if not example.answer.strip():
             return "empty_answer", readable
+        if encoded.answer_start == 0:  # nothing to read before answer token 0, so nothing that predicts it
+            return "empty_prompt", readable
         if readable <= encoded.answer_start:
             return "prompt_exceeds_window", readable
+        if window is not None and len(encoded.answer_ids) > window + 1:
+            return "answer_exceeds_window", readable
+        if max([*encoded.input_ids, *encoded.encoder_ids]) >= self.teacher.vocab_size:
+            return "id_beyond_vocabulary", readable
         return "", readable
 
     def _by_context(self, jobs: "Sequence[_Job]") -> Iterator[tuple[list[int], "list[_Job]"]]:

@@ -35,6 +35,7 @@ class Example:
     labels: of a classification, all answers there are, `answer` among them; empty where answers are free text.
     truncated: whether the context in the prompt was cut to the task's word limit.
     extra: what a metric needs besides the texts (concepts to cover, tests to run), as plain JSON values.
+    unusable: why its row could not be read as an example, in one word; "" of every sound one (`pipeline.rows`).
     """
 
     id: str
@@ -45,6 +46,7 @@ class Example:
     labels: tuple[str, ...] = ()
     truncated: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    unusable: str = ""
 
     @property
     def golds(self) -> tuple[str, ...]:

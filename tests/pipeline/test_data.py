@@ -200,8 +200,8 @@ def test_bad_files_are_named(path, tmp_path, content, words):
 
 def test_a_file_that_is_not_utf8_is_named(path, tmp_path):
     (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "gsm8k" / "train.jsonl").write_bytes(b'{"question": "q", "answer": "#### 4"}\n{"question": "\xe9"}\n')
-    with pytest.raises(DataError, match=r"train\.jsonl, line 2: not JSON in UTF-8: .*0xe9"):
+    (tmp_path / "gsm8k" / "train.jsonl").write_bytes(b'{"question": "\xe9"}\n{"question": \n')
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1: not JSON in UTF-8: .*0xe9[\s\S]*the other 1 rows"):
         training_set(load_recipe(path, [f"data.dir={tmp_path}"]))
 
 
