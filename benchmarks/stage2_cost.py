@@ -20,7 +20,6 @@ from typing import Any
 
 import stand_ins
 import torch
-from accelerate import Accelerator
 from harness import Row, side_by_side
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from stage1_teacher.teacher import CausalTeacher, FullLogitsTeacher, TeacherInpu
 from stage1_teacher.topk import select_top_k
 from stage2_student.arms import alignment_of, plan
 from stage2_student.batches import Batch, Collator, Teacher, usable_rows
+from stage2_student.group import Group
 from stage2_student.order import batch_indices
 from stage2_student.student import Student
 from stage2_student.train import flat_gradients, prefetched, take_step
@@ -55,8 +55,9 @@ class Training:
         self.reader = CacheReader.open(self.experiment.cache_dir, expect=self.experiment.identity)
         self.arms = {arm.run.arm: arm for arm in plan(self.experiment)}
         first = self.arms["sft"].student
-        self.accelerator = Accelerator(cpu=args.device == "cpu")
-        self.student = Student(first.source, self.recipe.students[first.name], 0, self.accelerator.device)
+        self.group = Group.join(cpu=args.device == "cpu")
+        self.device = self.group.accelerator.device
+        self.student = Student(first.source, self.recipe.students[first.name], 0, self.device)
         self.prompts = first.prompts
         self.usable = usable_rows(self.reader, self.prompts, self.student.window)
         self.parameters = list(self.student.parameters.values())
@@ -85,12 +86,11 @@ class Training:
 
         def one() -> dict[str, float]:
             step, batches = next(loaded)
+            assert not isinstance(batches, Exception), batches
             who = student or self.student
             losses, plan = self.recipe.arms[arm], self.arms[arm]
-            taken = take_step(
-                self.accelerator, who, self.optimizer, self.gradients, plan, losses, settings, step, batches
-            )
-            if self.accelerator.device.type == "cuda":
+            taken = take_step(self.group, who, self.optimizer, self.gradients, plan, losses, settings, step, batches)
+            if self.device.type == "cuda":
                 torch.cuda.synchronize()
             return taken
 
@@ -224,7 +224,7 @@ def peak_bytes(training: Training, arm: str) -> tuple[int, int]:
     step = training.step(arm, collator)
     tensors = [*model.parameters(), *model.buffers(), training.gradients]
     tensors += [moment for state in training.optimizer.state.values() for moment in state.values()]
-    if training.accelerator.device.type == "cuda":
+    if training.device.type == "cuda":
         step()
         torch.cuda.reset_peak_memory_stats()
         resident = torch.cuda.memory_allocated()

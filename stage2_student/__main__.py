@@ -3,19 +3,27 @@
     python -m stage2_student --recipe pocket [--set key=value]... [--student NAME] [--arm NAME] [--alignment]
 
 Several processes: set runtime.processes, or start it through `torchrun --standalone --nproc_per_node N -m
-stage2_student ...` oneself. Called again it goes on from the newest checkpoints, or says that all is done. With
---alignment it only reports how many of each student's answer positions have a teacher.
+stage2_student ...` oneself; several machines: NODES.md, beside this file. Called again it goes on from the newest
+checkpoints, or says that all is done. An arm that fails does not stop the others; the end names it, with the command
+that tries it again, and the exit code is 2. With --alignment it only reports how many of each student's answer
+positions have a teacher.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.cli import EXIT_USER_ERROR, guarded, recipe_arguments, recipe_of, recipe_parser
 
 if TYPE_CHECKING:
+    from cache_schema.reader import CacheReader
     from pipeline.fingerprint import Experiment
+    from pipeline.recipe import Recipe
+    from stage2_student.group import Group
+    from stage2_student.train import Failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     recipe = recipe_of(args)
 
-    from cache_schema.reader import CacheReader
     from pipeline.fingerprint import Experiment
     from stage2_student.arms import plan
 
@@ -37,35 +44,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.alignment:
         _report_alignment(experiment, args.student)
         return 0
-    arms = plan(experiment, args.student, args.arm)
+    group = _joined(recipe) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    with group.agree() if group is not None else nullcontext():
+        arms = plan(experiment, args.student, args.arm)
+        reader = _reader(experiment) if group is not None else None
+    if group is not None and reader is not None:  # before anything is decided: each has a run folder of its own, maybe
+        with group.agree():
+            arms = group.same_plan(arms, reader)
     left = [arm for arm in arms if arm.done < recipe.train.steps]
-    several = recipe.runtime.processes > 1 and "WORLD_SIZE" not in os.environ
-    if int(os.environ.get("RANK", "0")) == 0 and not (left and several):
+    several = group is None and recipe.runtime.processes > 1
+    if (group is None or group.main) and not (left and several):
         for arm in arms:
             state = "done" if arm not in left else f"to go on from step {arm.done}" if arm.done else "to be trained"
             print(f"{arm.label}: {state} ({recipe.train.steps} steps) {arm.folder.root}", flush=True)
     if not left:
         return 0
-    reader = CacheReader.open(experiment.cache_dir, expect=experiment.identity)
+    reader = reader or _reader(experiment)
     if several:
         chosen = [part for name in ("student", "arm") if (v := getattr(args, name)) for part in (f"--{name}", v)]
         return _in_processes(recipe.runtime.processes, [*recipe_arguments(args), *chosen])
 
     from stage2_student.train import train
 
-    train(recipe, reader, left)
-    return 0
+    group = group or _joined(recipe)
+    failed = train(recipe, reader, left, group)
+    if failed and len(left) == group.ranks == 1:
+        raise failed[0].error
+    if failed and group.main:
+        print(_failures(failed, len(left), recipe_arguments(args)), file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR if failed else 0
+
+
+def _joined(recipe: "Recipe") -> "Group":
+    from pipeline.models import device_of
+    from stage2_student.group import Group
+
+    return Group.join(cpu=device_of(recipe).type == "cpu")
+
+
+def _reader(experiment: "Experiment") -> "CacheReader":
+    from cache_schema.reader import CacheReader
+
+    return CacheReader.open(experiment.cache_dir, expect=experiment.identity)
+
+
+def _failures(failed: "Sequence[Failed]", asked: int, arguments: Sequence[str]) -> str:
+    """What the end says: which arms failed, why, and the commands that try those again."""
+    rest = "; the others are trained" if len(failed) < asked else ""
+    lines = [f"error: {len(failed)} of {asked} arms failed{rest}:"]
+    lines += [f"- {failure}" for failure in failed]
+    again = dict.fromkeys((failure.arm.student.name, failure.arm.run.arm) for failure in failed)
+    lines.append("to try those again:")
+    for student, arm in again:
+        command = ["python", "-m", "stage2_student", *arguments, "--student", student, "--arm", arm]
+        lines.append(f"  {shlex.join(command)}")
+    return "\n".join(lines)
 
 
 def _report_alignment(experiment: "Experiment", student: str | None) -> None:
     """The table of all students asked for, and each one's alignment.json."""
-    from cache_schema.reader import CacheReader
     from pipeline.progress import progress
     from pipeline.run_dir import RunDir
     from stage2_student import coverage
     from stage2_student.arms import students
 
-    reader = CacheReader.open(experiment.cache_dir, expect=experiment.identity)
+    reader = _reader(experiment)
     covered = {}
     for plan in students(experiment, student):
         with progress(f"{plan.name} alignment", len(reader), "examples") as bar:

@@ -9,6 +9,7 @@ Shapes: B examples, L padded input tokens, N the student's answer positions in t
 padding), K cached ranks.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -202,8 +203,8 @@ def _check_selector(reader: CacheReader, arm: Arm) -> None:
     needing = [loss for loss in ("logit_mse", "uld") if getattr(arm, loss) > 0]
     if reader.manifest.sampled and needing:
         raise RunError(
-            f"the cache at {reader.root} keeps drawn ids (selector sampled), but {' and '.join(needing)} of this arm "
-            "compare the teacher's largest logits; train with kl, or make another cache: --set cache.selector=topk"
+            f"the cache at {reader.location} keeps drawn ids (selector sampled), but {' and '.join(needing)} of this "
+            "arm compare the teacher's largest logits; train with kl, or make another cache: --set cache.selector=topk"
         )
 
 
@@ -231,36 +232,55 @@ def check_same_tokenizer(tokenizer: Any, manifest: Manifest, student_vocab: int)
 
 @dataclass(frozen=True)
 class Usable:
-    """The rows of a cache that a student can read whole: `rows` are row numbers, the same for all its arms."""
+    """The rows of a cache that a student can read whole: `rows` are row numbers, the same for all its arms.
+
+    too_long: beyond its window. unreadable: its tokenizer or template fails on them, or has a token that the model has
+    no row for, or makes nothing of the prompt. longest: tokens of the longest example, prompt and answer together.
+    """
 
     rows: list[int]
-    dropped: int
-    longest: int  # tokens of the longest example, prompt and answer together
+    too_long: int
+    unreadable: int
+    longest: int
+
+    @property
+    def dropped(self) -> int:
+        return self.too_long + self.unreadable
 
 
 def usable_rows(
-    reader: CacheReader, prompts: PromptBuilder, window: int | None, report: Callable[[], None] | None = None
+    reader: CacheReader,
+    prompts: PromptBuilder,
+    window: int | None,
+    report: Callable[[], None] | None = None,
+    vocab_size: int | None = None,
 ) -> Usable:
-    """Drop what does not fit the student's window of `window` tokens, before the order is built.
+    """Drop what does not fit the student's window of `window` tokens or what it cannot read, before the order is built.
 
-    Only the text, the student's tokenizer and its window decide, so every arm of a student trains on the same
-    examples. `report` is called after each. Raises DataError when nothing is left.
+    Only the text, the student's tokenizer, its window and its `vocab_size` ids (None: any) decide, so every arm of a
+    student trains on the same examples. `report` is called after each. Raises DataError when nothing is left.
     """
-    lengths = []
+    lengths: list[int] = []  # 0 where it cannot be read
     for row in reader.rows(TEXT):
-        lengths.append(len(prompts.encode(row.prompt, row.answer).input_ids))
+        encoded = prompts.try_encode(row.prompt, row.answer)
+        if encoded is None or encoded.answer_start == 0 or max(encoded.input_ids) >= (vocab_size or math.inf):
+            lengths.append(0)
+        else:
+            lengths.append(len(encoded.input_ids))
         if report is not None:
             report()
-    rows = [index for index, length in enumerate(lengths) if window is None or length <= window]
+    rows = [index for index, length in enumerate(lengths) if length and (window is None or length <= window)]
+    unreadable = lengths.count(0)
     if not rows:
-        found = (
-            f"the shortest of {len(lengths)} examples has {min(lengths)} tokens" if lengths else "the cache has no rows"
-        )
+        found = "the cache has no rows" if not lengths else f"it can read none of the {len(lengths)} examples at all"
+        if unreadable < len(lengths):
+            shortest = min(length for length in lengths if length)
+            found = f"the shortest of {len(lengths)} examples has {shortest} tokens"
         raise DataError(
             f"no example fits the student {prompts.tokenizer.name_or_path}, which reads {window} tokens: {found}; "
             "use a student with a longer window, or a task with shorter examples"
         )
-    return Usable(rows, len(lengths) - len(rows), max(lengths))
+    return Usable(rows, len(lengths) - len(rows) - unreadable, unreadable, max(lengths))
 
 
 def _moved(group: G, device: torch.device) -> G:

@@ -69,15 +69,19 @@ class Coverage:
 def measure(
     reader: CacheReader, prompts: PromptBuilder, report: Callable[[], None] = lambda: None
 ) -> dict[str, Coverage]:
-    """Task -> its coverage, in the order of their first rows; rows too long for a student's window count too.
+    """Task -> its coverage, in the order of their first rows; rows too long for a student's window count too, those
+    that its tokenizer fails on do not.
 
     `report` is called after each row.
     """
     same_tokenizer = has_teachers_tokenizer(prompts, reader.manifest)
     tasks: dict[str, Coverage] = {}
     for row in reader.rows(ALIGNMENT):
+        report()
+        encoded = prompts.try_encode("", row.answer)  # an answer has the same tokens after any prompt
+        if encoded is None:
+            continue
         counts = tasks.setdefault(row.task, Coverage())
-        encoded = prompts.encode("", row.answer)  # an answer has the same tokens after any prompt
         counts.examples += 1
         counts.positions += len(encoded.answer_ids)
         rows = {mode: aligned_rows(row, encoded, mode, same_tokenizer) for mode in MODES}
@@ -86,7 +90,6 @@ def measure(
             at = at[at != NONE]
             counts.aligned[mode] += len(at)
             counts.quarantined[mode] += int((row.status[at] != Status.USABLE).sum())
-        report()
     return tasks
 
 

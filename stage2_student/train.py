@@ -4,32 +4,38 @@ A step trains on one global batch, cut into a slice a process and micro-batches 
 the result but the rounding of sums: every loss component is a sum divided by *its own* number of valid positions in the
 whole global batch, and the processes' gradients are added, not averaged. So accelerate supplies the device, the
 process group and one sum over it; its wrappers for models, optimizers and schedulers are not used.
+
+An arm that fails is set aside, with what is to be done about it, and the others are trained.
 """
 
+import hashlib
 import math
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
+from cache_schema.errors import CacheError
 from cache_schema.manifest import fingerprint_of
 from cache_schema.reader import CacheReader
-from pipeline.errors import RunError
-from pipeline.models import device_of, provenance
+from pipeline.errors import RunError, UserError
+from pipeline.models import provenance
 from pipeline.progress import progress
 from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
 from pipeline.sections import Arm, Train
 from stage2_student import checkpoint, coverage
-from stage2_student.arms import ArmPlan, alignment_of, claimed
+from stage2_student.arms import ArmPlan, StudentPlan, alignment_of, claimed
 from stage2_student.batches import Batch, Collator, Usable, usable_rows
+from stage2_student.group import CONTAINED, Group, GroupBroken
 from stage2_student.metrics import MetricsLog
 from stage2_student.order import batch_indices, rank_slice, seed_of
 from stage2_student.student import Student
@@ -37,38 +43,83 @@ from stage2_student.student import Student
 COMPONENTS = ("ce", "logit_mse", "kl", "uld")
 
 
-def train(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan]) -> None:
-    """Train these arms to the last step, each from its newest checkpoint. Arms of one student share the base model."""
-    accelerator = Accelerator(cpu=device_of(recipe).type == "cpu")
-    ranks, main = accelerator.num_processes, accelerator.is_main_process
-    for _, group in groupby(arms, key=lambda arm: arm.student.name):
-        of_student = list(group)
-        plan = of_student[0].student
-        student = Student(plan.source, recipe.students[plan.name], of_student[0].run.seed, accelerator.device)
-        with progress(f"{plan.name} lengths", len(reader), "examples") if main else nullcontext() as bar:
-            usable = usable_rows(reader, plan.prompts, student.window, bar.advance if bar is not None else None)
-        accelerator.print(
-            f"{plan.name}: an adapter of {student.parameter_count:,} parameters, {ranks} x {accelerator.device.type}; "
-            f"{len(usable.rows)} examples, the longest of {usable.longest} tokens; {usable.dropped} dropped as longer "
-            f"than the student's window of {student.window}",
-            flush=True,
-        )
-        if main and any(recipe.arms[arm.run.arm].uld > 0 for arm in of_student):
+@dataclass(frozen=True)
+class Failed:
+    """An arm that was not trained to its end, and why."""
+
+    arm: ArmPlan
+    error: Exception
+
+    def __str__(self) -> str:
+        known = isinstance(self.error, UserError | CacheError)
+        return f"{self.arm.label}: {'' if known else type(self.error).__name__ + ': '}{self.error}"
+
+
+def train(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan], group: Group) -> list[Failed]:
+    """Train these arms to the last step, each from its newest checkpoint; those that failed, the same ones on every
+    process. Arms of one student share the base model."""
+    failed: list[Failed] = []
+
+    def fails(of: Sequence[ArmPlan], error: Exception) -> None:
+        if not isinstance(error, UserError | CacheError):
+            traceback.print_exception(error)
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the arm's tensors
+        failed.extend(Failed(arm, error) for arm in of)
+        if group.main and len(arms) > 1:
+            print(f"failed, the others go on: {', '.join(a.label for a in of)}: {error}", file=sys.stderr, flush=True)
+
+    for _, of_student in groupby(arms, key=lambda arm: arm.student.name):
+        left = list(of_student)
+        try:
+            student, usable = prepared(recipe, reader, left, group)
+        except GroupBroken:
+            raise
+        except CONTAINED as error:
+            fails(left, error)
+            continue
+        for arm in left:
+            try:
+                with group.agree():
+                    losses = recipe.arms[arm.run.arm]
+                    alignment = alignment_of(losses, recipe.train)
+                    collator = Collator(reader, arm.student.prompts, student.vocab_size, losses, alignment)
+                train_arm(group, student, arm, losses, recipe.train, collator, usable)
+            except GroupBroken:
+                raise
+            except CONTAINED as error:
+                fails([arm], error)
+    return failed
+
+
+def prepared(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan], group: Group) -> tuple[Student, Usable]:
+    """A student's model and the rows it trains on; on the way, its alignment.json where one of its arms aligns."""
+    plan: StudentPlan = arms[0].student
+    with group.agree():
+        student = Student(plan.source, recipe.students[plan.name], arms[0].run.seed, group.accelerator.device)
+        with progress(f"{plan.name} lengths", len(reader), "examples") if group.main else nullcontext() as bar:
+            report = bar.advance if bar is not None else None
+            usable = usable_rows(reader, plan.prompts, student.window, report, student.vocab_size)
+    group.same(f"{plan.name}: the examples to train on", hashlib.sha256(repr(usable.rows).encode()).hexdigest())
+    with group.agree():
+        if group.main:
+            print(
+                f"{plan.name}: an adapter of {student.parameter_count:,} parameters, "
+                f"{group.ranks} x {group.accelerator.device.type}; "
+                f"{len(usable.rows)} examples, the longest of {usable.longest} tokens; "
+                f"{usable.too_long} dropped as longer than the student's window of {student.window}"
+                + (f", {usable.unreadable} as nothing it can read" if usable.unreadable else ""),
+                flush=True,
+            )
+        if group.main and any(recipe.arms[arm.run.arm].uld > 0 for arm in arms):
             with progress(f"{plan.name} alignment", len(reader), "examples") as bar:
                 covered = coverage.measure(reader, plan.prompts, bar.advance)
             coverage.save(RunDir.of(recipe).alignment(plan.name), covered, reader, plan.prompts)
             print(f"{plan.name}: {coverage.summary(covered)}", flush=True)
-        collators = []  # of all arms, so that one that cannot be trained is refused before another has been
-        for arm in of_student:
-            losses = recipe.arms[arm.run.arm]
-            alignment = alignment_of(losses, recipe.train)
-            collators.append(Collator(reader, plan.prompts, student.vocab_size, losses, alignment))
-        for arm, collator in zip(of_student, collators, strict=True):
-            train_arm(accelerator, student, arm, recipe.arms[arm.run.arm], recipe.train, collator, usable)
+    return student, usable
 
 
 def train_arm(
-    accelerator: Accelerator,
+    group: Group,
     student: Student,
     arm: ArmPlan,
     losses: Arm,
@@ -78,61 +129,89 @@ def train_arm(
 ) -> None:
     """One arm from where it stands to `settings.steps`.
 
-    Raises RunError, before anything of that step is saved, where a loss or a gradient is not finite.
+    Raises RunError, before anything of that step is saved, where a loss or a gradient is not finite; it and what else
+    may stop one arm (CONTAINED) on every process.
     """
-    rank, ranks, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    seed = arm.run.seed
-    student.reset(seed)
-    gradients = flat_gradients(student.parameters.values())
-    optimizer = torch.optim.AdamW(student.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-    done = 0
-    if arm.done:
-        done = checkpoint.load(arm.folder.checkpoint(arm.done), student.model, student.parameters, optimizer)
+    seed, done = arm.run.seed, arm.done
+    load = loader(collator, usable, settings, seed, group.rank, group.ranks)
+    with ExitStack() as opened:
+        log = bar = None
+        with group.agree():
+            student.reset(seed)
+            gradients = flat_gradients(student.parameters.values())
+            parameters = student.parameters.values()
+            optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+            if group.main:
+                opened.enter_context(claimed(arm))
+                if done:
+                    checkpoint.load(arm.folder.checkpoint(done), student.model, student.parameters, optimizer)
+                log = opened.enter_context(MetricsLog(arm.folder, done))
+                bar = opened.enter_context(progress(arm.label, settings.steps, "steps", done))
+        group.share(student, optimizer, done)
+
+        problem: Exception | None = None  # of this process alone, until the next sum tells the others
+        started = time.perf_counter()
+        for step, found in prefetched(load, range(done, settings.steps)):
+            batches = [] if isinstance(found, Exception) else found
+            problem = problem or (found if isinstance(found, Exception) else None)
+            measured = take_step(group, student, optimizer, gradients, arm, losses, settings, step, batches, problem)
+            tokens_per_s = measured["tokens"] / (time.perf_counter() - started)
+            if log is not None and bar is not None:
+                loss, lr, norm = measured["loss"], measured["lr"], measured["grad_norm"]
+                bar.advance(1, note=f"loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} {tokens_per_s:,.0f} tok/s")
+                try:
+                    log.write({"step": step + 1, **measured, "tokens_per_s": tokens_per_s})
+                    if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                        log.flush()
+                        folder = arm.folder.checkpoint(step + 1)
+                        notes = {
+                            "arm": fingerprint_of(arm.identity),
+                            "provenance": run_notes(group, settings, usable),
+                        }
+                        checkpoint.save(folder, step + 1, student.model, student.parameters, optimizer, notes)
+                except CONTAINED as error:
+                    problem = error
+            started = time.perf_counter()
+        with group.agree():
+            if problem is not None:
+                raise problem
+
+
+def loader(
+    collator: Collator, usable: Usable, settings: Train, seed: int, rank: int, ranks: int
+) -> Callable[[int], list[Batch]]:
+    """What gives one process its micro-batches of a step: a pure function of the step, so it can run ahead in a
+    thread, and the processes' parts together are the same global batch however many they are."""
 
     def load(step: int) -> list[Batch]:
-        """This process's micro-batches of a step: a pure function of the step, so it can run ahead in a thread."""
         batch = batch_indices(step, settings.batch_size, len(usable.rows), seed)
         mine = rank_slice(batch.tolist(), rank, ranks)
         return collator.read([usable.rows[i] for i in mine], settings.micro_batch_size)
 
-    with (
-        claimed(arm) if main else nullcontext(),
-        MetricsLog(arm.folder, done) if main else nullcontext() as log,
-        progress(arm.label, settings.steps, "steps", done) if main else nullcontext() as bar,
-    ):
-        started = time.perf_counter()
-        for step, batches in prefetched(load, range(done, settings.steps)):
-            measured = take_step(accelerator, student, optimizer, gradients, arm, losses, settings, step, batches)
-            tokens_per_s = measured["tokens"] / (time.perf_counter() - started)
-            if log is not None and bar is not None:
-                log.write({"step": step + 1, **measured, "tokens_per_s": tokens_per_s})
-                loss, lr, norm = measured["loss"], measured["lr"], measured["grad_norm"]
-                bar.advance(1, note=f"loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} {tokens_per_s:,.0f} tok/s")
-                if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                    log.flush()
-                    folder = arm.folder.checkpoint(step + 1)
-                    notes = {
-                        "arm": fingerprint_of(arm.identity),
-                        "provenance": run_notes(accelerator, settings, usable),
-                    }
-                    checkpoint.save(folder, step + 1, student.model, student.parameters, optimizer, notes)
-            started = time.perf_counter()
-    accelerator.wait_for_everyone()
+    return load
 
 
-def prefetched(load: Callable[[int], list[Batch]], steps: range) -> Iterator[tuple[int, list[Batch]]]:
-    """Every step with its micro-batches; those of the next one are loaded in a thread meanwhile."""
+def prefetched(load: Callable[[int], list[Batch]], steps: range) -> Iterator[tuple[int, list[Batch] | Exception]]:
+    """Every step with its micro-batches, or with what kept them from being loaded; those of the next one are loaded in
+    a thread meanwhile."""
+
+    def loaded(step: int) -> list[Batch] | Exception:
+        try:
+            return load(step)
+        except CONTAINED as error:
+            return error
+
     with ThreadPoolExecutor(1) as ahead:
-        upcoming = ahead.submit(load, steps.start)
+        upcoming = ahead.submit(loaded, steps.start)
         for step in steps:
             batches = upcoming.result()
             if step + 1 in steps:
-                upcoming = ahead.submit(load, step + 1)
+                upcoming = ahead.submit(loaded, step + 1)
             yield step, batches
 
 
 def take_step(
-    accelerator: Accelerator,
+    group: Group,
     student: Student,
     optimizer: torch.optim.Optimizer,
     gradients: Tensor,
@@ -141,37 +220,44 @@ def take_step(
     settings: Train,
     step: int,
     batches: Sequence[Batch],
+    problem: Exception | None = None,
 ) -> dict[str, float]:
     """One optimizer step on this process's micro-batches; what is to be logged of it. Raises as `train_arm` does.
 
-    gradients: see `flat_gradients`.
+    gradients: see `flat_gradients`. problem: what this process could not do since the last sum; then all raise.
     """
     weights = {name: getattr(losses, name) for name in COMPONENTS if getattr(losses, name) > 0}
 
     # The denominators, over all micro-batches and processes, before any loss is computed.
-    valid = global_counts(accelerator, batches)
+    valid = global_counts(group, batches, problem)
 
     # Forward and backward. The adapter's gradients add up in `gradients`.
     gradients.zero_()
-    parts = []
-    for micro, batch in enumerate(batches):
-        torch.manual_seed(seed_of("dropout", arm.run.seed, step, micro, accelerator.process_index))
-        parts.append(student.backward(batch.to(accelerator.device), weights, valid, losses.temperature))
+    parts: list[Tensor] = []
+    try:
+        for micro, batch in enumerate(batches):
+            torch.manual_seed(seed_of("dropout", arm.run.seed, step, micro, group.rank))
+            parts.append(student.backward(batch.to(gradients.device), weights, valid, losses.temperature))
+    except CONTAINED as error:  # no memory, say
+        problem = error
     means = torch.stack(parts).sum(0) if parts else gradients.new_zeros(len(weights))
 
     # Over the processes: sums, since every part was divided by the global count already.
-    gradients.copy_(accelerator.reduce(gradients, reduction="sum"))
-    components = dict(zip(weights, accelerator.reduce(means, reduction="sum").tolist(), strict=True))
+    gradients.copy_(group.sum(gradients))
+    *sums, problems = group.sum(torch.cat([means, means.new_tensor([problem is not None])])).tolist()
+    if problems:
+        raise group.failure(problem)
+    components = dict(zip(weights, sums, strict=True))
     loss = sum(weights[name] * value for name, value in components.items())
     grad_norm = gradients.norm().item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise not_finite(arm, step, components, grad_norm, batches, parts)
+        raise not_finite(group, arm, step, components, grad_norm, batches, parts)
 
     # The update.
     gradients.mul_(min(1.0, settings.max_grad_norm / (grad_norm + 1e-6)))
     lr = learning_rate(step, settings)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for settings_of in optimizer.param_groups:
+        settings_of["lr"] = lr
     optimizer.step()
     return (
         {"loss": loss, **components, "lr": lr, "grad_norm": grad_norm, "positions": valid["ce"]}
@@ -206,15 +292,20 @@ def flat_gradients(parameters: Any) -> Tensor:
     return flat
 
 
-def global_counts(accelerator: Accelerator, batches: Sequence[Batch]) -> dict[str, int]:
-    """Valid positions of every component, and input tokens, in the whole global batch."""
+def global_counts(group: Group, batches: Sequence[Batch], problem: Exception | None = None) -> dict[str, int]:
+    """Valid positions of every component, and input tokens, in the whole global batch. Where a process has a problem,
+    all raise."""
     local = [batch.counts() for batch in batches]
     names = ("tokens", *COMPONENTS)
-    mine = torch.tensor([sum(c.get(name, 0) for c in local) for name in names], device=accelerator.device)
-    return dict(zip(names, accelerator.reduce(mine, reduction="sum").tolist(), strict=True))
+    mine = [int(problem is not None), *(sum(c.get(name, 0) for c in local) for name in names)]
+    problems, *counts = group.sum(torch.tensor(mine, device=group.accelerator.device)).tolist()
+    if problems:
+        raise group.failure(problem)
+    return dict(zip(names, counts, strict=True))
 
 
 def not_finite(
+    group: Group,
     arm: ArmPlan,
     step: int,
     components: dict[str, float],
@@ -225,7 +316,7 @@ def not_finite(
     """What to say when a step must not be taken, naming the examples whose losses are not finite (else all of it)."""
     every = [batch.example_ids for batch in batches]
     bad = [ids for ids, part in zip(every, parts, strict=True) if not part.isfinite().all()]
-    bad_ids, all_ids = ([i for ids in gather_object(found) for i in ids] for found in (bad, every))
+    bad_ids, all_ids = ([i for found in group.gather(mine) for ids in found for i in ids] for mine in (bad, every))
     shown = ", ".join(f"{name} {value:.4g}" for name, value in components.items())
     return RunError(
         f"{arm.label}, step {step + 1}: {shown}, gradient norm {grad_norm:.4g} are not finite. "
@@ -235,10 +326,10 @@ def not_finite(
     )
 
 
-def run_notes(accelerator: Accelerator, settings: Train, usable: Usable) -> dict[str, Any]:
+def run_notes(group: Group, settings: Train, usable: Usable) -> dict[str, Any]:
     """What changes a result by rounding at most, for state.json."""
     return {
-        "processes": accelerator.num_processes,
+        "processes": group.ranks,
         "micro_batch_size": settings.micro_batch_size,
         "examples": len(usable.rows),
         "dropped": usable.dropped,

@@ -3,11 +3,13 @@
 import fcntl
 import json
 import math
+import re
 import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 import toys
@@ -180,14 +182,76 @@ def test_an_arm_is_named_by_what_decides_it_and_nothing_else(tmp_path: Path) -> 
     assert main([*by_index, "--set", "arms.uld.alignment=boundary"]) == 0
 
 
-def test_a_student_that_cannot_serve_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    """Its tokenizer is another, which sft would not mind; or it is an encoder-decoder."""
-    path, recipe = made(tmp_path)
+def test_an_arm_that_cannot_be_trained_does_not_keep_the_others_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three students one has another tokenizer, which sft does not mind, and one a target that does not exist. All
+    that can be trained is; the end names the others, each with its reason and its command."""
     toys.tiny_tokenizer(tmp_path / "other", vocab_size=300)
     toys.tiny_qwen3(tmp_path / "other")
-    with pytest.raises(ModelError, match="is not the one that the cache was made with"):
-        main(["--recipe", path, "--set", f"students.toy.model={tmp_path / 'other'}"])
-    assert not RunDir.of(recipe).arm("toy", "sft").checkpoints.exists()
+    lora = {"r": 4, "alpha": 8}
+    path, recipe = made(
+        tmp_path,
+        students={
+            "alien": {"model": str(tmp_path / "other"), "dtype": "float32", "lora": lora},
+            "bent": {"model": str(tmp_path / "model"), "dtype": "float32", "lora": lora | {"targets": ["q_prj"]}},
+            "last": {"model": str(tmp_path / "model"), "dtype": "float32", "lora": lora},
+        },
+    )
+    assert main(["--recipe", path]) == 2
+    said = capsys.readouterr().err
+    report = said[said.index("error: 3 of 8 arms failed; the others are trained:\n") :]
+    for line in (
+        r"- alien/distill: the student's tokenizer .* is not the one that the cache was made with",
+        r"- bent/sft: lora.targets: unknown module 'q_prj'. Did you mean 'q_proj'",
+        r"- bent/distill: lora.targets: unknown module",
+    ):
+        assert re.search(line, report), line
+    commands = [line.strip() for line in report.splitlines() if line.startswith("  python -m")]
+    for name, arm in (("alien", "distill"), ("bent", "sft"), ("bent", "distill")):
+        assert f"python -m stage2_student --recipe {path} --student {name} --arm {arm}" in commands
+    run = RunDir.of(recipe)
+    trained = {
+        (name, arm) for name in recipe.students for arm in recipe.arms if run.arm(name, arm).checkpoint(4).is_dir()
+    }
+    assert trained == {("toy", "sft"), ("toy", "distill"), ("alien", "sft"), ("last", "sft"), ("last", "distill")}
+    before = {arm: adapter(recipe, arm, 4) for arm in recipe.arms}
+    (tmp_path / "alone").mkdir()
+    alone = ["--recipe", path, "--student", "toy", "--set", f"run_dir={tmp_path / 'alone'}"]
+    assert main(alone) == 0  # the oracle: an arm trained behind one that failed is the same to the bit
+    other = load_recipe(path, alone[5:])
+    assert {arm: adapter(other, arm, 4) for arm in recipe.arms} == before
+    with pytest.raises(ModelError, match="is not the one that the cache was made with"):  # one arm: its own error
+        main(["--recipe", path, "--student", "alien", "--arm", "distill"])
+
+
+def test_a_damaged_page_or_a_loss_that_is_not_finite_stops_its_own_arm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page of numbers that sft does not read is damaged; one student has a NaN for a question mark."""
+    tokenizer = toys.tiny_tokenizer(tmp_path / "broken")
+    toys.tiny_qwen3(tmp_path / "broken", tie_word_embeddings=False)
+    poison(tmp_path / "broken" / "model.safetensors", tokenizer("?", add_special_tokens=False)["input_ids"][-1])
+    broken = {"model": str(tmp_path / "broken"), "dtype": "float32", "lora": {"r": 4, "alpha": 8}}
+    sound = broken | {"model": str(tmp_path / "model")}
+    path, recipe = made(tmp_path, students={"toy": None, "broken": broken, "sound": sound})
+    shard = sorted((tmp_path / "cache" / "shards").glob("00001-*.parquet"))[0]
+    group = pyarrow.parquet.read_metadata(shard).row_group(0)
+    columns = (group.column(i) for i in range(group.num_columns))
+    at = next(c.data_page_offset for c in columns if c.path_in_schema.startswith("slots"))
+    content = bytearray(shard.read_bytes())
+    content[at + 60] ^= 1
+    shard.write_bytes(content)
+    assert main(["--recipe", path]) == 2
+    said = capsys.readouterr().err
+    report = said[said.index("error: 3 of 4 arms failed; the others are trained:") :]
+    assert re.search(r"- broken/sft: broken/sft, step 1: ce nan, gradient norm nan are not finite", report)
+    assert "- sound/distill: shard 1 of the cache is not usable" in report
+    assert RunDir.of(recipe).arm("sound", "sft").checkpoint(4).is_dir()
+
+
+def test_an_encoder_decoder_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    path, _ = made(tmp_path)
     toys.tiny_t5(tmp_path / "t5")
     toys.tiny_tokenizer(tmp_path / "t5")
     with pytest.raises(ModelError, match=r"students\.toy\.model .* is an encoder-decoder \(t5\)"):
