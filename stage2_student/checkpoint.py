@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def save(
             sha256 = {name: _sha256(temporary / name) for name in (ADAPTER, OPTIMIZER)}
             state = {"step": step, "adapter_sha256": sha256[ADAPTER], "optimizer_sha256": sha256[OPTIMIZER], **notes}
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-            for path in (*temporary.iterdir(), temporary):
+            for path in (*sorted(temporary.iterdir()), temporary):
                 _flush(path)
             temporary.rename(folder)
             _flush(folder.parent)
@@ -110,7 +110,8 @@ def sweep(folder: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing may be removed, what matters cannot be written either
+                path.unlink()
 
 
 @contextmanager
@@ -130,12 +131,16 @@ def storage_errors(where: Path, doing: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a small file at once: temporary name, flush, rename."""
+    """Replace a small file at once: temporary name, flush, rename. Raises OSError; nothing is left behind."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        with suppress(OSError):  # renamed
+            temporary.unlink()
 
 
 def _sha256(path: Path) -> str:

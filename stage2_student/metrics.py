@@ -9,6 +9,10 @@ them that have a usable row of the teacher.
 
 import json
 import os
+import socket
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 
 from pipeline.run_dir import ArmDir
@@ -19,25 +23,23 @@ class MetricsLog:
     """The open log of one arm, cut back to the `done` steps that the checkpoint holds. A context manager."""
 
     def __init__(self, folder: ArmDir, done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = folder.metrics
-        with storage_errors(folder.root, "opening the metrics"):
+        with storage_errors(folder.root, "opening the metrics"), ExitStack() as opened:
             self._cut_back(done)
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=done + 1)  # hides what came after
+            self._file = opened.enter_context(self._path.open("a", encoding="utf-8", buffering=1))
+            self._board = opened.enter_context(_Board(folder.tensorboard, purge_step=done + 1))
+            self._opened = opened.pop_all()
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append one step, `metrics["step"]`."""
         with storage_errors(self._path, "writing the metrics"):
             self._file.write(json.dumps(metrics) + "\n")
-            for name, value in metrics.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(metrics["step"]))
+            self._board.write(int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"})
 
     def flush(self) -> None:
         """On the disk, so that a checkpoint never outlives the steps that led to it."""
         with storage_errors(self._path, "writing the metrics"):
+            self._file.flush()
             os.fsync(self._file.fileno())
             self._board.flush()
 
@@ -59,5 +61,42 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with storage_errors(self._path, "writing the metrics") if error is None else suppress(OSError):
+            self._opened.close()  # tries once more what a full disk refused; the first error is the one to tell
+
+
+class _Board:
+    """TensorBoard's file of events, which hides what earlier files have from `purge_step` on. A context manager.
+
+    Not its SummaryWriter, which writes in a thread: that one dies of a full disk with a traceback.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        made = f"{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"  # TensorBoard reads files by name
+        self._file = (folder / f"events.out.tfevents.{made}").open("xb")
+        self._records = RecordWriter(self._file)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(file_version="brain.Event:2")
+        self._add(step=purge_step, session_log=start)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One value a name."""
+        summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
+        self._add(step=step, summary=summary)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def _add(self, **content: object) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+
+    def __enter__(self) -> "_Board":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
-        self._board.close()

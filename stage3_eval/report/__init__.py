@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def write_report(
             _replace(folder / name, text)
         _replace(folder / RESULTS, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
+        for half in folder.glob(".tmp-*"):
+            with suppress(OSError):
+                half.unlink()
         raise RunError(
             f"{folder}: the report cannot be written: {error.strerror or error}; make room or check its permissions, "
             "and run the same command: predictions are kept"
