@@ -1,4 +1,4 @@
-"""One process for all crash tests that has imported the stages, and forks a run of one of them in no time."""
+"""Two processes for all crash tests: one has imported a cache's writer, one the stages; they fork runs in no time."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 
 STAGES = """
 import importlib, sys
-import accelerate, peft, safetensors.torch, torch, transformers, torch.utils.tensorboard
+import accelerate, peft, safetensors.torch, tensorboard.summary.writer.record_writer, torch, transformers
 from transformers.models.qwen3 import modeling_qwen3
 import stage1_teacher.capture, stage1_teacher.teacher, stage2_student.train, stage3_eval.evaluate
 from pipeline.cli import guarded
@@ -22,4 +22,11 @@ def run(stage, *arguments):  # what `python -m stage --recipe ...` does
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[crashes.ForkServer]:
     """`stages.start("stage1_teacher", "--recipe", path)` forks a run of it."""
     with crashes.ForkServer(STAGES, tmp_path_factory.mktemp("stages")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def writers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[crashes.ForkServer]:
+    """`writers.start(folder)` forks a process that fills and seals a toy cache."""
+    with crashes.ForkServer(crashes.WRITER, tmp_path_factory.mktemp("writers")) as server:
         yield server

@@ -1,10 +1,10 @@
 """What the crash tests share: processes made by the dozen, and strace, which kills them at a system call of our choice.
 
-    with ForkServer("def run(folder): ...", log) as server:      # imports once, then forks a child for each run
+    with ForkServer("def run(folder): ...", log) as server:  # imports once, then forks a child for each run
         child = server.start(folder)
-        child.release()                                          # until then it waits
-        code = child.wait()                                      # -9 when it was killed; what it printed: child.output()
-    points = trace(server, [folder], folder)                     # every call of a run that changes something in `folder`
+        child.release()                                      # until then it waits
+        code = child.wait()                                  # -9 when it was killed
+    points = trace(server, [folder], folder)                 # every call of a run that changes something in `folder`
     outcome = inject(server, [folder], folder, points[7], "signal=SIGKILL")
 
 SIGKILL injected at the entry of a call ends the process before the call has taken effect, so killing at all points in
@@ -39,6 +39,33 @@ module = sys.modules["toys_of_the_cache"] = importlib.util.module_from_spec(spec
 spec.loader.exec_module(module)
 Toy = module.Toy
 """
+
+WRITER = (
+    LOAD_TOY
+    + """
+from cache_schema.errors import CacheError
+__import__("pyarrow").array([""])  # imports pandas if it is there: once, here, and not in every child
+
+def careless_link(source, name):
+    with open(name, "xb") as file:  # in place: it has its name before it has its content
+        file.write(Path(source).read_bytes())
+
+def run(folder, how=""):
+    if how == "careless":
+        os.link = careless_link
+    toy = Toy(examples=6, shard_examples=2, quarantined={3: "empty answer"})
+    try:
+        writer = toy.writer(Path(folder))
+        for shard in writer.missing()[: 1 if how == "one shard" else None]:
+            if writer.claim(shard):
+                toy.commit(writer, shard)
+        if how != "one shard":
+            writer.seal()
+    except CacheError as error:
+        print(f"error: {error}")
+        return error.exit_code
+"""
+)
 
 _SERVE = """
 import io, json, os, sys, traceback
@@ -108,6 +135,13 @@ class ForkServer:
         pid, gate = json.loads(self.order({"start": list(map(str, arguments)), "log": str(log)}))
         return Child(self, pid, gate, log)
 
+    def run(self, *arguments: object, timeout_s: float = 60) -> "Outcome":
+        """One run from start to end."""
+        child, started = self.start(*arguments), time.monotonic()
+        child.release()
+        code = child.wait(timeout_s)
+        return Outcome(code, child.output(), time.monotonic() - started)
+
     def order(self, order: dict[str, object], timeout_s: float = 60) -> str | None:
         """Send one line, and read the answer; None when there is none in time."""
         assert self._server.stdin is not None
@@ -140,6 +174,16 @@ class ForkServer:
         self._errors.close()
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    code: int
+    output: str
+    seconds: float
+    pid: int = 0
+
+
 @dataclass
 class Child:
     """One forked run."""
@@ -169,6 +213,11 @@ class Child:
     def output(self) -> str:
         """What it has printed."""
         return self.log.read_text(errors="replace")
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is over, though nobody has waited for it."""
+    return ") Z " in Path(f"/proc/{pid}/stat").read_text()
 
 
 # --- what must be equal ----------------------------------------------------------------------------------------------
@@ -203,16 +252,67 @@ def run_content(run: Path) -> dict[str, object]:
     return found
 
 
+def cache_sound(cache: Path) -> int:
+    """How many shards are committed; fails unless everything is either whole or not there."""
+    from cache_schema.errors import NotACache
+    from cache_schema.reader import CacheReader
+    from cache_schema.verify import verify
+
+    if not (cache / "manifest.json").exists():
+        with pytest.raises(NotACache):
+            CacheReader.open(cache, require_sealed=False)
+        return 0
+    report = verify(cache)
+    assert report.good, report.problems
+    reader = CacheReader.open(cache, require_sealed=False)
+    assert len(list(reader.rows())) == sum(record.rows for record in report.records)
+    return len(report.records)
+
+
+# --- small disks -----------------------------------------------------------------------------------------------------
+
+
+class SmallDisk:
+    """A small file system in memory, mounted in a namespace of its own: it ends with this object, whatever happens.
+
+    path: where everybody sees it, through the process that holds the namespace.
+    """
+
+    def __init__(self, folder: Path, options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        hold = f"mount -t tmpfs -o {options} tmpfs {folder} && echo ready && exec sleep 1000000"
+        command = ["unshare", "--mount", "sh", "-c", hold]
+        self._holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self._holder.stdout is not None and self._holder.stderr is not None
+        if self._holder.stdout.readline() != "ready\n":
+            said = self._holder.stderr.read().strip()
+            self.__exit__()
+            pytest.skip(f"a small file system cannot be mounted here: {said}")
+        self.path = Path(f"/proc/{self._holder.pid}/root{folder}")
+
+    def remount(self, options: str) -> None:
+        """With another size, or read-only."""
+        command = ["nsenter", "--mount", "--target", str(self._holder.pid)]
+        subprocess.run([*command, "mount", "-o", f"remount,{options}", str(self._folder)], check=True)
+
+    def __enter__(self) -> "SmallDisk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._holder.kill()
+        self._holder.communicate()
+
+
 # --- strace ----------------------------------------------------------------------------------------------------------
 
 # Everything by which a process can change a folder, or rely on its being on the disk.
-CALLS = (
-    "openat creat write pwrite64 writev pwritev ftruncate truncate fallocate fsync fdatasync sync_file_range "
-    "rename renameat renameat2 link linkat symlink symlinkat unlink unlinkat mkdir mkdirat rmdir "
-    "copy_file_range sendfile"
-).split()
+_TRACE = (
+    "?openat,?creat,?write,?pwrite64,?writev,?pwritev,?ftruncate,?truncate,?fallocate,?fsync,?fdatasync,?rename,"
+    "?renameat,?renameat2,?link,?linkat,?symlink,?symlinkat,?unlink,?unlinkat,?mkdir,?mkdirat,?rmdir,"
+    "?sync_file_range,?copy_file_range,?sendfile"
+)
 TRIES = 10
-_TRACE = ",".join(f"?{call}" for call in CALLS)
 
 
 @dataclass(frozen=True)
@@ -226,15 +326,6 @@ class Point:
 
     def __str__(self) -> str:
         return f"{self.call} {self.nth}: {self.line}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a tampered run ended."""
-
-    code: int
-    output: str
-    seconds: float
 
 
 class NotHit(AssertionError):
@@ -296,6 +387,16 @@ def inject_once(
     return outcome
 
 
+def inject_in_threads(
+    server: ForkServer, arguments: Sequence[object], what: str, where: Path
+) -> tuple[Outcome, list[bool]]:
+    """Inject into the calls of every thread on one path, such as `fsync:error=ENOSPC`; what came of it, and of each
+    hit, whether it was in another thread than the main one."""
+    outcome, lines = _traced(server, arguments, ["-f", "-P", str(where), "-e", f"inject={what}"], 120)
+    hit = [line.split()[0] for line in lines if line.endswith("(INJECTED)")]
+    return outcome, [int(thread) != outcome.pid for thread in hit]
+
+
 def _traced(
     server: ForkServer, arguments: Sequence[object], tamper: Sequence[str], timeout_s: float
 ) -> tuple[Outcome, list[str]]:
@@ -304,17 +405,19 @@ def _traced(
     command = ["strace", "-y", "-s", "0", "-o", str(log), "-e", f"trace={_TRACE}", *tamper, "-p", str(child.pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None
-        attached = strace.stderr.readline()
-        if "attached" not in attached:
-            os.kill(child.pid, signal.SIGKILL)
-            child.wait()
-            pytest.skip(f"strace cannot attach to a process here: {attached.strip()}")
+        said = ""
+        while "attached" not in said:
+            said, before = strace.stderr.readline(), said
+            if not said:
+                child.signal(signal.SIGKILL)
+                child.wait()
+                pytest.skip(f"strace cannot attach to a process here: {before.strip()}")
         started = time.monotonic()
         child.release()
         code = child.wait(timeout_s)
         seconds = time.monotonic() - started
         strace.wait(30)
-    return Outcome(code, child.output(), seconds), log.read_text(errors="replace").splitlines()
+    return Outcome(code, child.output(), seconds, child.pid), log.read_text(errors="replace").splitlines()
 
 
 _CALL = re.compile(r"(\w+)\((.*)")
