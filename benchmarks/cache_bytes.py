@@ -61,8 +61,8 @@ def capture(model: Path, data: Path, work: Path, rows: int) -> tuple[Manifest, l
     """What the recipe's stage 1 hands to its writer: manifest, vocabulary, rows, quarantined examples."""
     from pipeline.fingerprint import Experiment
     from pipeline.recipe import load_recipe
-    from stage1_teacher.__main__ import planned
     from stage1_teacher.capture import Capture
+    from stage1_teacher.plan import planned
     from stage1_teacher.teacher import load_teacher
 
     held_out = work / "data" / "gsm8k"

@@ -82,21 +82,22 @@ def capture(settings: list[str], rank: int, world: int, ready: Any, seconds: Any
 
     torch.set_num_threads(1)
     from cache_schema.writer import CacheWriter
-    from stage1_teacher.__main__ import planned
     from stage1_teacher.capture import Capture
-    from stage1_teacher.executor import run_shards
+    from stage1_teacher.executor import ShardWorker
+    from stage1_teacher.plan import planned
     from stage1_teacher.teacher import load_teacher
 
     experiment = Experiment(load_recipe("pocket", settings))
     cached, teacher = experiment.training_set.cached, load_teacher(experiment.recipe, lambda: 0)
     manifest, vocabulary = planned(experiment, ["benchmarks"])
     writer = CacheWriter.open(experiment.cache_dir, manifest, vocabulary)
-    engine = Capture.of(experiment, teacher)
+    worker = ShardWorker(Capture.of(experiment, teacher), cached, writer, {})
     first, missing = rank * manifest.shards // world, writer.missing()
     ready.wait()
     started = time.perf_counter()
-    mine = (shard for shard in [*missing[first:], *missing[:first]] if writer.claim(shard))
-    run_shards(engine, cached, writer, mine, {}, lambda done: None)
+    for shard in [*missing[first:], *missing[:first]]:
+        worker.work(shard)
+    worker.finish()
     seconds.put(time.perf_counter() - started)
     ready.wait()
     if rank == 0:

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from cache_schema.writer import CacheWriter
 from pipeline.fingerprint import Experiment
+from pipeline.handout import Handout
 from pipeline.models import kv_cache_argument
-from stage1_teacher.__main__ import planned
 from stage1_teacher.capture import Capture
-from stage1_teacher.executor import run_shards
+from stage1_teacher.executor import ShardWorker, run_shards
+from stage1_teacher.plan import planned
 from stage1_teacher.teacher import load_teacher
 from stage1_teacher.topk import select_top_k
 
@@ -62,9 +63,9 @@ class Teaching:
         def run() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             writer = CacheWriter.open(folder, self.manifest, self.vocabulary)
-            done = run_shards(capture, self.cached, writer, iter(writer.missing()), {}, lambda done: None)
+            run_shards(ShardWorker(capture, self.cached, writer, {}), Handout(writer.missing()))
             self.synchronize()
-            assert done == self.manifest.shards and not writer.missing()
+            assert not writer.missing()
 
         return run
 

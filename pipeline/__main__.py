@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import add_recipe_arguments, guarded, recipe_arguments, recipe_of
+from pipeline.cli import add_executor_argument, add_recipe_arguments, guarded, recipe_arguments, recipe_of
 from pipeline.errors import RecipeError, RunError, unknown_name
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_parser = commands.add_parser("show", help="a recipe as it is understood, every key filled in")
     for sub in (run_parser, status_parser, show_parser):
         add_recipe_arguments(sub)
+    add_executor_argument(run_parser)
     show_parser.add_argument("--keys", action="store_true", help="every key with its type, default and meaning")
     show_parser.add_argument("--field", metavar="KEY", help="one value alone, for example cache.dir or run_dir")
     args = parser.parse_args(argv)

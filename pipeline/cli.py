@@ -1,4 +1,8 @@
-"""What every command line shares: `--recipe`, `--set`, and errors without a traceback. Imports nothing heavy."""
+"""What every command line shares: `--recipe`, `--set`, errors without a traceback, exit codes. Imports nothing heavy.
+
+Exit codes: 0 all that was asked for is there; 2 a mistake that stops everything, said on stderr; 3 what could be done
+is done, but something is missing, listed with the command that tries it again; 130 interrupted.
+"""
 
 import argparse
 import sys
@@ -12,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
 EXIT_USER_ERROR = 2
+EXIT_INCOMPLETE = 3
 
 
 def recipe_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -33,6 +38,18 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="override one key, for example train.lr=1e-4; may be given often",
+    )
+
+
+def add_executor_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--executor`, another spelling of `--set runtime.executor=...`."""
+    parser.add_argument(
+        "--executor",
+        dest="overrides",
+        action="append",
+        type="runtime.executor={}".format,
+        metavar="local|ray|ray://HOST:PORT",
+        help="where stages 1 and 3 work: in this process, or on the workers of a Ray cluster (local)",
     )
 
 

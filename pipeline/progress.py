@@ -33,6 +33,10 @@ class Progress(tqdm):  # type: ignore[type-arg]
             self.set_postfix_str(note, refresh=False)
         self.update(count)
 
+    def show(self, done: int) -> None:
+        """So many units are done in all: fewer than before, where a worker died with some of them unsaved."""
+        self.update(done - self.n)
+
 
 class _Lines(io.TextIOBase):
     """Standard output for a progress bar that is not on a terminal: every redraw is a line of its own."""

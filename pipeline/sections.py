@@ -3,9 +3,10 @@
 `pipeline.recipe` puts them together into a `Recipe`, reads the YAML and checks what several sections must agree on.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -250,3 +251,20 @@ class Runtime(Section):
         "~/.cache/logitbank", description="where data files of a cache at a URL are kept while they are read"
     )
     copies_gb: float = Field(64.0, gt=0, description="how much to keep there; what was used longest ago goes first")
+    executor: str = Field(
+        "local",
+        description="stages 1 and 3: local; ray, a cluster made on this machine or the one that runs here or that "
+        "RAY_ADDRESS names; or ray://HOST:PORT",
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="ray: how many, each with its own model; null: one a GPU, or, without any, one a machine",
+    )
+
+    @field_validator("executor")
+    @classmethod
+    def _known_executor(cls, executor: str) -> str:
+        if not re.fullmatch(r"local|ray|ray://[^\s:/]+:\d+", executor):
+            raise ValueError(f"expected local, ray or ray://HOST:PORT, found {executor!r}")
+        return executor

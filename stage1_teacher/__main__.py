@@ -1,27 +1,36 @@
 """`python -m stage1_teacher --recipe R`: fill the cache, or go on filling it.
 
 Any number of processes may run at once, by hand, by torchrun or on several machines that share the folder: each claims
-shards, none waits for another, and the one that commits the last shard seals the cache.
+shards, and the one that commits the last of them seals the cache. `--executor ray` does so on a cluster; see RAY.md.
+A process ends when the cache is complete, or with exit code 3 when what is missing has failed here: until then it waits
+for the shards that others work at, and takes over what they leave behind.
 """
 
 import os
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cache_schema.errors import IncompleteCache, NotACache
-from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, guarded, recipe_arguments, recipe_of, recipe_parser
 
 if TYPE_CHECKING:
     from cache_schema.manifest import Manifest
     from cache_schema.reader import CacheReader
+    from cache_schema.writer import CacheWriter
     from pipeline.fingerprint import Experiment
-    from pipeline.tasks import Example
+    from pipeline.handout import Handout
+    from pipeline.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, and say at once if there is nothing to do: only then is a model loaded."""
     parser = recipe_parser("stage1_teacher", "Run the teacher once and cache its logits.")
+    add_executor_argument(parser)
+    parser.add_argument(
+        "--shard", type=int, action="append", metavar="N", help="this shard alone; may be given often (all)"
+    )
     args = parser.parse_args(argv)
     recipe = recipe_of(args)
 
@@ -37,20 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cache {experiment.cache_dir}: complete, {_summary(reader)}; the teacher is not loaded")
         print(_by_task(experiment, reader))
         return 0
-    return fill(experiment, ["stage1_teacher", *recipe_arguments(args)])
+    return fill(experiment, ["stage1_teacher", *recipe_arguments(args)], args.shard)
 
 
-def fill(experiment: "Experiment", command: Sequence[str]) -> int:
-    """Capture every shard that is missing, then seal."""
+def fill(experiment: "Experiment", command: Sequence[str], shards: Sequence[int] | None = None) -> int:
+    """Capture every shard that is missing, or those of `shards`, then seal what is complete; the exit code."""
     from cache_schema.reader import CacheReader
     from cache_schema.writer import CacheWriter
-    from pipeline.models import provenance
+    from pipeline.handout import Handout
     from pipeline.progress import progress
-    from stage1_teacher.capture import Capture
-    from stage1_teacher.executor import run_shards
-    from stage1_teacher.teacher import load_teacher
+    from stage1_teacher.plan import planned
 
-    recipe, examples = experiment.recipe, experiment.training_set.cached
+    examples = experiment.training_set.cached
     manifest, texts = planned(experiment, command)
     writer = CacheWriter.open(experiment.cache_dir, manifest, texts)
     missing, rows = writer.missing(), manifest.provenance["rows"]
@@ -60,30 +67,23 @@ def fill(experiment: "Experiment", command: Sequence[str]) -> int:
         f"({rows['shots_taken_out']} are the worked examples, {rows['held_out']} held out)",
         flush=True,
     )
-    if missing:
-        todo = [
-            example for s in missing for example in examples[s * manifest.shard_examples :][: manifest.shard_examples]
-        ]
-        teacher = load_teacher(recipe, lambda: _longest(experiment, todo))
-        with progress("stage 1", len(examples), "examples", done=len(examples) - len(todo)) as bar:
-            run_shards(
-                Capture.of(experiment, teacher),
-                examples,
-                writer,
-                _claimed(writer, missing),
-                {**provenance(), "batch_tokens": recipe.runtime.batch_tokens},
-                bar.advance,
-            )
-        if reused := teacher.provenance.get("vllm"):
-            print(
-                f"vLLM read {reused['tokens_read']:,} tokens, of which {reused['tokens_from_prefix_cache']:,} "
-                "came from its prefix cache"
-            )
-    left = writer.missing()
+    todo = _asked(missing, shards, manifest.shards)
+    handout = Handout(_spread(todo))
+    if todo:
+        there = len(examples) - sum(len(manifest.examples_of(shard)) for shard in todo)
+        with progress("stage 1", len(examples), "examples", done=there) as bar:
+            try:
+                _capture(experiment, command, writer, handout, bar)
+            finally:
+                for line in handout.report("shard {}".format):
+                    print(line, file=sys.stderr)
+    left = _asked(writer.missing(), shards, manifest.shards)
     if left:
-        print(
-            f"{len(left)} shards are claimed by other processes; the one that commits the last of them seals the cache"
-        )
+        _say_missing(left, manifest, command)
+        return EXIT_INCOMPLETE
+    others = writer.missing()
+    if others:
+        print(f"the shards asked for are there; {len(others)} others of {manifest.shards} are missing")
         return 0
     writer.seal()
     reader = CacheReader.open(experiment.cache_dir)
@@ -92,73 +92,63 @@ def fill(experiment: "Experiment", command: Sequence[str]) -> int:
     return 0
 
 
-def planned(experiment: "Experiment", command: Sequence[str]) -> "tuple[Manifest, list[str | None]]":
-    """The cache's manifest and the texts of its vocabulary, before any weight is read.
+def _capture(
+    experiment: "Experiment", command: Sequence[str], writer: "CacheWriter", handout: "Handout", bar: "Progress"
+) -> None:
+    """Have the shards of `handout` done where the recipe says."""
+    there = int(bar.n)
+    if experiment.recipe.runtime.executor != "local":
+        from stage1_teacher.executor_ray import run_on_cluster
 
-    Raises RecipeError for more ranks than the teacher has ids, ModelError where it is not of the recipe's kind.
-    """
-    from cache_schema.manifest import Manifest, vocabulary_sha256
-    from pipeline.errors import RecipeError
-    from pipeline.models import provenance, vocabulary
-    from stage1_teacher.teacher import vocabulary_size
+        run_on_cluster(experiment.recipe, command, writer, handout, lambda done: bar.show(there + done))
+        return
+    from stage1_teacher.executor import run_shards, worker_of
 
-    recipe, training = experiment.recipe, experiment.training_set
-    vocab_size = vocabulary_size(recipe, experiment.teacher_prompts)
-    if recipe.cache.top_k > vocab_size:
-        raise RecipeError(
-            f"cache.top_k is {recipe.cache.top_k}, but the teacher's vocabulary has {vocab_size} ids; "
-            f"--set cache.top_k={min(256, vocab_size)}"
+    worker = worker_of(experiment, writer, handout.waiting)
+    run_shards(worker, handout, lambda done: bar.show(there + done))
+    if reused := worker.capture.teacher.provenance.get("vllm"):
+        print(
+            f"vLLM read {reused['tokens_read']:,} tokens, of which {reused['tokens_from_prefix_cache']:,} "
+            "came from its prefix cache"
         )
-    texts = vocabulary(experiment.teacher_tokenizer, vocab_size)
-    rows = {
-        "training_rows": training.rows,
-        "shots_taken_out": training.rows - len(training.cached) - len(training.held_out),
-        "held_out": len(training.held_out),
-        "truncated_contexts": training.truncated,
-    }
-    manifest = Manifest.create(
-        identity=experiment.identity,
-        provenance={
-            "recipe": recipe.name,
-            "command": list(command),
-            "teacher": recipe.teacher.model,
-            "data": recipe.data.dir or "hub or embedded",
-            "rows": rows,
-            **provenance(),
-        },
-        selector=recipe.cache.selector,
-        top_k=recipe.cache.top_k,
-        vocab_size=vocab_size,
-        temperatures=recipe.cache.temperatures,
-        step=recipe.cache.step,
-        codec=recipe.cache.codec,
-        store_ids=recipe.cache.store_ids,
-        examples=len(training.cached),
-        shard_examples=recipe.cache.shard_examples,
-        vocabulary_sha256=vocabulary_sha256(texts),
-    )
-    return manifest, texts
 
 
-def _longest(experiment: "Experiment", examples: "Sequence[Example]") -> int:
-    """Tokens of the longest sequence that the teacher reads for these examples."""
-    prompts, shots = experiment.teacher_prompts, experiment.training_set.shots
-    return max(len(prompts.encode(e.prompt, e.answer, shots.of(e)).input_ids) for e in examples)
+def _asked(missing: Sequence[int], shards: Sequence[int] | None, planned: int) -> list[int]:
+    """The missing shards that `--shard` names, all without it. Raises RecipeError for one that there is not."""
+    from pipeline.errors import RecipeError
+
+    if shards is None:
+        return list(missing)
+    if unknown := [shard for shard in shards if not 0 <= shard < planned]:
+        raise RecipeError(f"--shard {unknown[0]}: the cache has the shards 0 to {planned - 1}")
+    return [shard for shard in missing if shard in shards]
 
 
-def _claimed(writer: Any, missing: Sequence[int]) -> Iterator[int]:
-    """The missing shards this process could claim. RANK and WORLD_SIZE only spread where the processes begin."""
+def _spread(missing: Sequence[int]) -> list[int]:
+    """The missing shards in the order of this process. RANK and WORLD_SIZE only spread where the processes begin."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     start = rank * len(missing) // max(world, 1)
-    for shard in [*missing[start:], *missing[:start]]:
-        if writer.claim(shard):
-            yield shard
+    return [*missing[start:], *missing[:start]]
+
+
+def _say_missing(left: Sequence[int], manifest: "Manifest", command: Sequence[str]) -> None:
+    """Which shards are missing at the end, and the command that tries just these."""
+    module, *arguments = command
+    again = ["python", "-m", module, *arguments]
+    if len(left) <= 50:  # else the command without --shard is as good
+        again += [part for shard in left for part in ("--shard", str(shard))]
+    print(
+        f"{len(left)} of {manifest.shards} shards are missing; the others are kept. To try just these again:\n"
+        f"  {shlex.join(again)}",
+        file=sys.stderr,
+    )
 
 
 def _by_task(experiment: "Experiment", reader: "CacheReader") -> str:
-    from stage1_teacher.ledger import LEGEND, task_table
+    from stage1_teacher.ledger import LEGEND, quarantine_list, task_table
 
-    return f"\n{task_table(reader, experiment.training_set.cached)}\n\n{LEGEND}\n"
+    examples = experiment.training_set.cached
+    return f"\n{task_table(reader, examples)}\n\n{LEGEND}\n{quarantine_list(reader, examples)}"
 
 
 def _summary(reader: "CacheReader") -> str:
