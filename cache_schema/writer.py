@@ -215,7 +215,7 @@ class CacheWriter:
 
 def _refuse_other_content(store: Store) -> None:
     """A cache is made in an empty place: one that has other things in it was probably named by mistake."""
-    others = sorted(store.listing())
+    others = sorted(store.listing().keys() - {layout.CLAIMS})  # where another process tries what the store can do
     if others and not store.has(layout.MANIFEST):  # unless another process made it a cache meanwhile
         raise NotACache(
             f"the folder {store.location} is no cache and is not empty (it has {others[0]!r})\n"

@@ -45,12 +45,11 @@ class Bucket:
     def objects(self) -> dict[str, bytes]:
         """Every object of the cache, by its name inside it."""
         listed = self.client.list_objects_v2(Bucket=self.name).get("Contents", [])
-        return {
-            item["Key"].removeprefix("some/cache/"): self.client.get_object(Bucket=self.name, Key=item["Key"])[
-                "Body"
-            ].read()
-            for item in listed
-        }
+        found = {}
+        for item in listed:
+            body = self.client.get_object(Bucket=self.name, Key=item["Key"])["Body"]
+            found[item["Key"].removeprefix("some/cache/")] = body.read()
+        return found
 
     def fail(self, method: str, path: str, kind: str, times: int = 1) -> Fault:
         fault = Fault(method, path, kind, times)
@@ -167,20 +166,18 @@ def test_an_answer_lost_to_the_one_who_was_second(toy, bucket):
     slow, fast = toy.writer(bucket.cache), toy.writer(bucket.cache)
     rows, bad = toy.shard(0)
     won = fast.commit(0, [replace(row, prompt="fast") for row in rows], bad, {})
-    slow._committed = lambda shard, look=slow._committed: (
-        None if not seen.append(shard) and len(seen) == 1 else look(shard)
-    )
-    seen: list[int] = []
+    answers = iter([None, won])  # the first time it looked, there was none
+    slow._committed = lambda shard: next(answers)
     fault = bucket.fail("PUT", r"shards/00000\.json", "lose the answer")
     assert slow.commit(0, rows, bad, {}) == won and fault.met == 1
     assert [name for name in bucket.objects() if name.endswith(".parquet")] == [f"shards/{won.file}"]
 
 
 @pytest.mark.promise(WINNER)
-@pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.slow)])
 def test_eight_writers_of_other_bytes(make_toy, bucket, tried, rounds):
     """All write all shards, each with rows of its own; a record has one winner, and the seal leaves its files alone."""
-    toy, writers = make_toy(examples=8, shard_examples=1), 8
+    toy, writers = make_toy(examples=4, shard_examples=1), 8
     for number in range(rounds):
         cache, gate, errors = f"s3://{bucket.name}/race-{number}", threading.Barrier(writers), []
 
@@ -188,7 +185,7 @@ def test_eight_writers_of_other_bytes(make_toy, bucket, tried, rounds):
             try:
                 writer = toy.writer(cache)
                 gate.wait(60)
-                for shard in range(8):
+                for shard in range(4):
                     writer.commit(shard, [replace(toy.row(shard), prompt=f"by {me}")], [], {"writer": me})
                 writer.seal()
             except BaseException as error:
@@ -205,7 +202,7 @@ def test_eight_writers_of_other_bytes(make_toy, bucket, tried, rounds):
         assert report.good and report.complete and report.orphans == []
         for row, record in zip(CacheReader.open(cache).rows(), report.records, strict=True):
             assert row.prompt == f"by {record.provenance['writer']}"
-    tried(rounds * 8, "shards with 8 writers, on S3")
+    tried(rounds * 4, "shards with 8 writers, on S3")
 
 
 def test_a_store_that_ignores_the_condition_is_refused(toy, bucket):
@@ -237,7 +234,7 @@ def test_claims_are_objects_too(toy, bucket):
 
 
 @pytest.mark.promise(TORN)
-@pytest.mark.parametrize("kind", ["lose the request", "busy"])
+@pytest.mark.parametrize("kind", ["lose the request", pytest.param("busy", marks=pytest.mark.slow)])
 def test_an_upload_in_parts_that_breaks_off_is_not_there(bucket, tried, kind):
     """120 MB go up in parts of 50, one is lost for good: nothing has the name, no part is kept, a new try succeeds."""
     store, data = open_store(bucket.cache), bytes(120 << 20)
@@ -283,10 +280,7 @@ def test_repair_in_an_object_store(toy, bucket, copies, tried):
     toy.build(bucket.cache)
     after = bucket.objects()
     aside = sorted(name for name in after if name.startswith("aside/"))
-    assert (
-        aside == [f"aside/{name}.1" for name in ("00001.json", victim.removeprefix("shards/"), "sealed.json")]
-        or len(aside) == 3
-    )
+    assert aside == sorted(f"aside/{name.removeprefix('shards/')}.1" for name in (victim, "00001.json", "sealed.json"))
     assert {name: data for name, data in after.items() if name not in aside} == before
     tried(1, "altered objects repaired")
 
