@@ -13,7 +13,7 @@ from pathlib import Path
 import crashes
 import pytest
 import toys
-from crashes import inject, run_content, trace
+from crashes import Point, inject, run_content, trace
 
 from pipeline.recipe import load_recipe
 from stage2_student.checkpoint import complete_steps
@@ -63,6 +63,13 @@ def sound(run: Path, expected: dict[str, object]) -> None:
         assert path.name == "metrics.jsonl" or path.read_bytes() == expected[name], name
 
 
+def chosen(points: list[Point], stride: int) -> list[tuple[int, Point]]:
+    """All of them, or a few: then none that opens a file, since many others are opened in an order that varies."""
+    if stride == 1:
+        return list(enumerate(points))
+    return [(i, point) for i, point in enumerate(points) if point.call != "openat"][::stride]
+
+
 def resumed(stages, recipe: Path, run: Path) -> dict[str, object]:
     """What another process makes of what is there."""
     again = stages.run(*student(recipe, run))
@@ -75,7 +82,7 @@ def resumed(stages, recipe: Path, run: Path) -> dict[str, object]:
 def test_killed_at_every_call(stages, recipe, clean, tmp_path, tried, stride):
     expected, points = clean
     saved = []
-    for i, point in list(enumerate(points))[::stride]:
+    for i, point in chosen(points, stride):
         run = tmp_path / str(i)
         assert inject(stages, student(recipe, run), run, point, "signal=SIGKILL").code == -9, point
         sound(run, expected)
@@ -105,7 +112,7 @@ def test_refused_at_every_call(stages, recipe, clean, tmp_path, tried, stride):
     """ENOSPC, or EIO, once: an error that says so, or a call that was not needed; another run ends the same."""
     expected, points = clean
     ended, wrong = [], []
-    for i, point in list(enumerate(points))[::stride]:
+    for i, point in chosen(points, stride):
         run = tmp_path / str(i)
         outcome = inject(stages, student(recipe, run), run, point, f"error={['ENOSPC', 'EIO'][i % 2]}")
         ended.append(outcome.code)

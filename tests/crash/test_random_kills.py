@@ -40,15 +40,21 @@ def clean(stages, tmp_path_factory):
 
 
 def killed_until_done(
-    stages: crashes.ForkServer, command: list[str], state: Callable[[], object], draw: random.Random, within_s: float
+    stages: crashes.ForkServer,
+    command: list[str],
+    state: Callable[[], object],
+    draw: random.Random,
+    within_s: float,
+    most: int,
 ) -> int:
-    """Start it, wait until `state` differs, wait up to `within_s` more, kill it; and again. How many kills it took."""
+    """Start it, wait until `state` differs, wait up to `within_s` more, kill it; and again, `most` times. How many kills
+    fell into its work."""
     kills = 0
-    while True:
+    while kills < most:
         before, child = state(), stages.start(*command)
         child.release()
         deadline = time.monotonic() + 60
-        while state() == before and not crashes.ended(child.pid) and time.monotonic() < deadline:
+        while state() == before and child.state() != "Z" and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, within_s))
         child.signal(signal.SIGKILL)
@@ -57,6 +63,9 @@ def killed_until_done(
             return kills
         assert code == -signal.SIGKILL, child.output()
         kills += state() != before
+    outcome = stages.run(*command)
+    assert outcome.code == 0, outcome.output
+    return kills
 
 
 @pytest.mark.promise(EQUAL)
@@ -68,7 +77,7 @@ def test_stage_1_killed_at_random_moments(stages, clean, tmp_path, tried, wanted
     while kills < wanted:
         cache = tmp_path / str(caches)
         command = ["stage1_teacher", "--recipe", str(clean / "recipe.yaml"), "--set", f"cache.dir={cache}"]
-        kills += killed_until_done(stages, command, lambda at=cache: names(at), draw, 0.15)
+        kills += killed_until_done(stages, command, lambda at=cache: names(at), draw, 0.15, min(wanted, 15))
         caches += 1
         assert cache_sound(cache) == 22
         assert cache_content(cache) == cache_content(clean / "cache"), f"seed {seed}"
@@ -92,7 +101,7 @@ def test_stage_2_killed_at_random_moments(stages, clean, tmp_path, tried, wanted
         run = tmp_path / str(runs)
         command = ["stage2_student", "--recipe", str(clean / "recipe.yaml"), "--set", f"run_dir={run}"]
         metrics = run / "students" / "toy" / "distill" / "metrics.jsonl"
-        kills += killed_until_done(stages, command, lambda at=metrics: lines(at), draw, 0.4)
+        kills += killed_until_done(stages, command, lambda at=metrics: lines(at), draw, 0.4, min(wanted, 15))
         runs += 1
         assert run_content(run) == expected, f"seed {seed}"
     tried(kills, f"kills of stage 2 at random moments of its work, in {runs} runs each killed until done")

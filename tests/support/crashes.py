@@ -20,7 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +44,9 @@ Toy = module.Toy
 WRITER = (
     LOAD_TOY
     + """
+from dataclasses import replace
 from cache_schema.errors import CacheError
+from cache_schema.writer import CacheWriter
 __import__("pyarrow").array([""])  # imports pandas if it is there: once, here, and not in every child
 
 def careless_link(source, name):
@@ -54,12 +57,16 @@ def run(folder, how=""):
     if how == "careless":
         os.link = careless_link
     toy = Toy(examples=6, shard_examples=2, quarantined={3: "empty answer"})
+    patience = {"stale_after_s": 0.001} if how == "impatient" else {}
     try:
-        writer = toy.writer(Path(folder))
+        writer = CacheWriter.open(Path(folder), toy.manifest, toy.vocabulary, **patience)
         for shard in writer.missing()[: 1 if how == "one shard" else None]:
             if writer.claim(shard):
-                toy.commit(writer, shard)
-        if how != "one shard":
+                rows, bad = toy.shard(shard)
+                if how == "impatient":  # other bytes than anyone else's
+                    rows = [replace(row, prompt="impatient") for row in rows]
+                writer.commit(shard, rows, bad, {"device": how or "cpu"})
+        if not writer.missing() and how != "one shard":
             writer.seal()
     except CacheError as error:
         print(f"error: {error}")
@@ -193,6 +200,14 @@ class Child:
     gate: int
     log: Path
 
+    def state(self) -> str:
+        """One letter of the kernel: R runs, S sleeps, T or t is stopped, Z is over though nobody has waited for it."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][0]
+
+    def wake(self) -> None:
+        """Go on, after SIGSTOP."""
+        self.signal(signal.SIGCONT)
+
     def release(self) -> None:
         """Let it go."""
         self.server.order({"release": self.gate})
@@ -213,11 +228,6 @@ class Child:
     def output(self) -> str:
         """What it has printed."""
         return self.log.read_text(errors="replace")
-
-
-def ended(pid: int) -> bool:
-    """Whether a process is over, though nobody has waited for it."""
-    return ") Z " in Path(f"/proc/{pid}/stat").read_text()
 
 
 # --- what must be equal ----------------------------------------------------------------------------------------------
@@ -402,6 +412,18 @@ def _traced(
 ) -> tuple[Outcome, list[str]]:
     child = server.start(*arguments)
     log = child.log.with_suffix(".strace")
+    with _strace(child, log, tamper) as strace:
+        started = time.monotonic()
+        child.release()
+        code = child.wait(timeout_s)
+        seconds = time.monotonic() - started
+        strace.wait(30)
+    return Outcome(code, child.output(), seconds, child.pid), log.read_text(errors="replace").splitlines()
+
+
+@contextmanager
+def _strace(child: "Child", log: Path, tamper: Sequence[str]) -> Iterator["subprocess.Popen[str]"]:
+    """Attached to a child that waits to be released."""
     command = ["strace", "-y", "-s", "0", "-o", str(log), "-e", f"trace={_TRACE}", *tamper, "-p", str(child.pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None
@@ -412,12 +434,30 @@ def _traced(
                 child.signal(signal.SIGKILL)
                 child.wait()
                 pytest.skip(f"strace cannot attach to a process here: {before.strip()}")
-        started = time.monotonic()
+        yield strace
+
+
+@contextmanager
+def stalled(server: ForkServer, arguments: Sequence[object], point: Point, before: bool) -> Iterator["Child"]:
+    """A run that is stopped right before or right after a call, until `Child.wake`."""
+    child = server.start(*arguments)
+    log = child.log.with_suffix(".strace")
+    how = "delay_enter=1000s" if before else "signal=SIGSTOP"
+    with _strace(child, log, ["-e", f"inject={point.call}:{how}:when={point.nth}"]) as strace:
         child.release()
-        code = child.wait(timeout_s)
-        seconds = time.monotonic() - started
-        strace.wait(30)
-    return Outcome(code, child.output(), seconds, child.pid), log.read_text(errors="replace").splitlines()
+        deadline, stopped = time.monotonic() + 60, 0
+        while stopped < 10 and time.monotonic() < deadline:
+            stopped = stopped + 1 if child.state() in ("t", "T") else 0  # for a moment it is so at every call
+            assert child.state() != "Z", f"it never came to {point}:\n{child.output()}"
+            time.sleep(0.002)
+        if before:
+            child.wake = strace.terminate  # which lets go of it
+        try:
+            yield child
+        except BaseException:
+            with suppress(ProcessLookupError):
+                child.signal(signal.SIGKILL)
+            raise
 
 
 _CALL = re.compile(r"(\w+)\((.*)")
