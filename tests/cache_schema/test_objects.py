@@ -174,7 +174,7 @@ def test_an_answer_lost_to_the_one_who_was_second(toy, bucket):
 
 
 @pytest.mark.promise(WINNER)
-@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_eight_writers_of_other_bytes(make_toy, bucket, tried, rounds):
     """All write all shards, each with rows of its own; a record has one winner, and the seal leaves its files alone."""
     toy, writers = make_toy(examples=4, shard_examples=1), 8
