@@ -31,6 +31,8 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 class ObjectStore(Store):
     """The cache below a URL. Credentials and endpoints are the environment's: AWS_*, GOOGLE_*, fsspec's own files."""
 
+    at_once = 32
+
     def __init__(self, url: str, copies: Copies | None = None) -> None:
         self.location = url.rstrip("/")
         self.exclusive = url.partition("://")[0] in CONDITIONAL

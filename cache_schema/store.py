@@ -12,16 +12,18 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cache_schema.errors import StorageError
 
 if TYPE_CHECKING:
     from cache_schema.copies import Copies
 
+T = TypeVar("T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
 
@@ -30,6 +32,7 @@ class Store(ABC):
 
     location: str
     exclusive: bool  # whether `create` holds against others who create at the same moment
+    at_once = 1  # requests in flight that pay; above one where each takes long
 
     @abstractmethod
     def exists(self) -> bool:
@@ -92,6 +95,13 @@ class Store(ABC):
     @abstractmethod
     def advice(self, error: OSError) -> str:
         """What to do about an error of this place: lines for a StorageError."""
+
+    def map(self, call: Callable[[int], T], items: Iterable[int]) -> list[T]:
+        """`call` of every item, in order, `at_once` of them at a time. What one raises is raised."""
+        if self.at_once == 1:
+            return [call(item) for item in items]
+        with ThreadPoolExecutor(self.at_once) as pool:
+            return list(pool.map(call, items))
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:

@@ -182,7 +182,8 @@ class CacheWriter:
             missing = self.missing()
             if missing:
                 raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command) from None
-            seal = Seal(tuple(CommitRecord.load(store, shard, manifest) for shard in range(manifest.shards)))
+            records = store.map(lambda shard: CommitRecord.load(store, shard, manifest), range(manifest.shards))
+            seal = Seal(tuple(records))
             with store.errors("sealing the cache"):
                 self._check_sizes(seal)
                 if not store.create(layout.SEALED, seal.dump(manifest)):
