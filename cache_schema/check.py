@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_schema.bounds import GROUP_TEXT_BYTES, MAX_ROW_VALUES, text_bytes, widest
 from cache_schema.codec import Codec, usable_positions
 from cache_schema.manifest import Manifest
 from cache_schema.schema import CacheRow, Status
@@ -45,6 +46,8 @@ def _text_problem(row: CacheRow) -> str | None:
             value.encode()
         except UnicodeEncodeError:
             return f"{name} is not valid Unicode (a lone surrogate)"
+    if text_bytes(row) > GROUP_TEXT_BYTES:
+        return f"its text takes {text_bytes(row)} bytes, expected {GROUP_TEXT_BYTES} at most"
     return None if row.example_id else "example_id is empty"
 
 
@@ -52,6 +55,8 @@ def _shape_problem(row: CacheRow, manifest: Manifest) -> str | None:
     n, k, t = len(row.answer_ids), manifest.top_k, len(manifest.temperatures)
     if n == 0:
         return "no positions; an example without an answer token is quarantined, not written"
+    if n * widest(manifest) > MAX_ROW_VALUES:
+        return f"{n} positions of {widest(manifest)} numbers, expected {MAX_ROW_VALUES} numbers in all at most"
     expected: dict[str, tuple[type[np.generic], tuple[int, ...]] | None] = {
         "answer_ids": (np.int32, (n,)),
         "answer_offsets": (np.int32, (n, 2)),

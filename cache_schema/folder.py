@@ -59,8 +59,10 @@ class Folder(Store):
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is not a plain file")
-            with os.fdopen(fd, "rb", closefd=False) as file:
-                return file.read(most + 1)
+            data = bytearray()  # in parts: to ask for `most` at once would take that much memory first
+            while part := os.read(fd, min(1 << 20, most + 1 - len(data))):
+                data += part
+            return bytes(data)
         finally:
             os.close(fd)
 

@@ -17,6 +17,10 @@ from cache_schema.errors import DamagedDocument, UnknownVersion, shown
 from cache_schema.schema import SCHEMA_VERSION
 from cache_schema.store import Store
 
+MAX_DEPTH = 64  # of lists and objects in each other; a stranger's 900 would end in a RecursionError somewhere
+MAX_PARSED_BYTES = 1 << 30  # that a document's values may take in memory, by the estimate of `_parsed_bytes`
+MAX_COUNT = 2**53  # of anything that is counted
+
 T = TypeVar("T")
 _MISSING: Any = object()
 _SHA256 = re.compile("[0-9a-f]{64}").fullmatch
@@ -90,7 +94,9 @@ def load(store: Store, name: str, kind: str, most: int) -> Fields:
     if not isinstance(body, dict):
         raise DamagedDocument(store, name, f"found a JSON {type(body).__name__}, expected an object")
     if body.get("format") != f"logitbank.{kind}":
-        raise DamagedDocument(store, name, f"its format is {shown(body.get('format'))}, expected 'logitbank.{kind}'")
+        found = str(body.get("format"))  # only ours is told: a link may lead to a file that is nobody's business
+        told = shown(found) if found.startswith("logitbank.") else "not one of ours"
+        raise DamagedDocument(store, name, f"its format is {told}, expected 'logitbank.{kind}'")
     version = body.get("schema_version")
     if type(version) is int and version != SCHEMA_VERSION:
         raise UnknownVersion(
@@ -100,6 +106,8 @@ def load(store: Store, name: str, kind: str, most: int) -> Fields:
     checksum = body.pop("checksum", None)
     try:
         actual = hashlib.sha256(_canonical_of_parsed(body)).hexdigest()
+    except MemoryError:
+        raise _too_large(store, name) from None
     except ValueError as error:  # NaN and the like: Python's parser takes them, JSON does not
         raise DamagedDocument(store, name, str(error)) from None
     if checksum != actual:
@@ -110,10 +118,32 @@ def load(store: Store, name: str, kind: str, most: int) -> Fields:
 
 def parse(store: Store, name: str, data: bytes) -> Any:
     """JSON of a file, whatever is wrong with it a DamagedDocument naming the file."""
+    if _parsed_bytes(data) > MAX_PARSED_BYTES:
+        raise _too_large(store, name)
     try:
-        return json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"))
+    except MemoryError:
+        raise _too_large(store, name) from None
     except (ValueError, RecursionError) as error:
         raise DamagedDocument(store, name, f"it is not JSON ({error})") from None
+    level = [value] if type(value) in (dict, list) else []
+    for _ in range(MAX_DEPTH):
+        parts = (part.values() if type(part) is dict else part for part in level)
+        level = [item for part in parts for item in part if type(item) in (dict, list)]
+    if level:
+        raise DamagedDocument(store, name, f"it has lists or objects more than {MAX_DEPTH} deep in each other")
+    return value
+
+
+def _parsed_bytes(data: bytes) -> int:
+    """No less than what the values of this JSON text take in memory: 3 bytes of it, `[],`, can be 64."""
+    text = len(data) * (2 if data.isascii() else 8)
+    return text + 304 * data.count(b"{") + 128 * data.count(b"[") + 72 * data.count(b",") + 16 * data.count(b":")
+
+
+def _too_large(store: Store, name: str) -> DamagedDocument:
+    what = f"its values take more memory than there is, or than the {MAX_PARSED_BYTES >> 20} MiB that they may"
+    return DamagedDocument(store, name, what)
 
 
 def read(store: Store, name: str, most: int) -> bytes:
@@ -126,6 +156,8 @@ def read(store: Store, name: str, most: int) -> bytes:
         data = store.read(name, most)
     except (FileNotFoundError, NotADirectoryError):
         raise
+    except MemoryError:
+        raise _too_large(store, name) from None
     except OSError as error:
         raise DamagedDocument(store, name, f"it cannot be read: {error.strerror or error}") from None
     if len(data) > most:
@@ -167,10 +199,10 @@ class Fields:
         return value
 
     def take_count(self, name: str) -> int:
-        """An integer that is not negative."""
+        """An integer that is not negative, and no larger than anything there is."""
         value = self.take(name, int)
-        if value < 0:
-            raise self.damaged(f"{name} is {value}, expected 0 or more")
+        if not 0 <= value <= MAX_COUNT:
+            raise self.damaged(f"{name} is {shown(value)}, expected 0 to 2**53")
         return value
 
     def take_sha256(self, name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,7 +29,15 @@ from cache_schema.layout import MANIFEST, VOCABULARY
 from cache_schema.schema import SCHEMA_VERSION
 from cache_schema.store import Store
 
-MOST_BYTES = 64 << 20  # of manifest.json and of vocabulary.json; Qwen's 151,936 texts take 2.5 MB
+MOST_BYTES = 8 << 20  # of manifest.json: an identity with its template and shots takes kilobytes
+VOCABULARY_MOST_BYTES = 64 << 20  # Qwen's 151,936 texts take 2.5 MB
+# What a reader will hold for the sake of a manifest alone, before it has seen a row.
+MAX_VOCABULARY = 1 << 22  # the largest in use have a million
+MAX_EXAMPLES_OF_SHARD = 1 << 20
+MAX_SHARDS = 1 << 18  # sealed.json holds a record of each
+MAX_TEMPERATURES = 64
+STEPS = (2.0**-24, 2.0**24)
+TEMPERATURES = (1e-6, 1e6)
 CODECS = ("fine", "small")  # every rank to step / 2; a coarser tail
 SELECTORS = ("topk", "sampled")  # the K largest logits; K draws from the softmax at the first temperature
 
@@ -115,25 +124,28 @@ class Manifest:
         def whole(value: object, low: int, high: float = math.inf) -> bool:
             return type(value) is int and low <= value <= high
 
-        def positive(value: object) -> bool:
-            return type(value) is float and math.isfinite(value) and value > 0
+        def within(value: object, bounds: tuple[float, float]) -> bool:
+            return type(value) is float and bounds[0] <= value <= bounds[1]
 
         check("schema_version", self.schema_version == SCHEMA_VERSION, str(SCHEMA_VERSION))
         check("fingerprint", self.fingerprint == fingerprint_of(self.identity), "the hash of the identity")
         jsondoc.canonical(self.provenance)
         check("selector", self.selector in SELECTORS, f"one of {', '.join(SELECTORS)}")
-        check("vocab_size", whole(self.vocab_size, 1, 2**31 - 1), "1 to 2147483647")
+        check("vocab_size", whole(self.vocab_size, 1, MAX_VOCABULARY), f"1 to {MAX_VOCABULARY}")
         check("top_k", whole(self.top_k, 1, self.vocab_size), f"1 to the vocabulary's {self.vocab_size}")
-        distinct = len(set(self.temperatures)) == len(self.temperatures) > 0
-        check(
-            "temperatures", distinct and all(map(positive, self.temperatures)), "distinct positive floats, one at least"
+        sound = 0 < len(self.temperatures) <= MAX_TEMPERATURES and all(
+            within(t, TEMPERATURES) for t in self.temperatures
         )
-        check("step", positive(self.step) and math.frexp(self.step)[0] == 0.5, "a power of two, as 0.015625")
+        distinct = sound and len(set(self.temperatures)) == len(self.temperatures)
+        check("temperatures", distinct, f"1 to {MAX_TEMPERATURES} distinct floats of 1e-6 to 1e6")
+        power = within(self.step, STEPS) and math.frexp(self.step)[0] == 0.5
+        check("step", power, "a power of two, as 0.015625, of 2**-24 to 2**24")
         check("codec", self.codec in CODECS, f"one of {', '.join(CODECS)}")
         check("store_ids", type(self.store_ids) is bool, "true or false")
         check("store_ids", self.store_ids or not self.sampled, "true: draws mean nothing without ids")
-        check("examples", whole(self.examples, 1), "1 or more")
-        check("shard_examples", whole(self.shard_examples, 1), "1 or more")
+        check("shard_examples", whole(self.shard_examples, 1, MAX_EXAMPLES_OF_SHARD), f"1 to {MAX_EXAMPLES_OF_SHARD}")
+        most = MAX_SHARDS * self.shard_examples
+        check("examples", whole(self.examples, 1, most), f"1 to {most}: more need a larger shard_examples")
         check("vocabulary_sha256", jsondoc.is_sha256(self.vocabulary_sha256), "64 hexadecimal digits")
 
     @property
@@ -158,7 +170,8 @@ class Manifest:
     @property
     def stage1_command(self) -> str:
         """What to type to complete this cache; the recipe's name is provenance."""
-        return f"python -m stage1_teacher --recipe {self.provenance.get('recipe', 'NAME')}"
+        recipe = str(self.provenance.get("recipe", "NAME"))
+        return f"python -m stage1_teacher --recipe {shlex.quote(recipe) if recipe.isprintable() else 'NAME'}"
 
     def dump(self) -> bytes:
         """The bytes of `manifest.json`."""
@@ -247,7 +260,7 @@ def _json(value: Any) -> str:
 def load_vocabulary(store: Store, manifest: Manifest) -> list[str | None]:
     """Token id to token text, from `vocabulary.json`; checked against the manifest's hash."""
     try:
-        data = jsondoc.read(store, VOCABULARY, MOST_BYTES)
+        data = jsondoc.read(store, VOCABULARY, VOCABULARY_MOST_BYTES)
     except FileNotFoundError:
         raise DamagedDocument(store, VOCABULARY, "it is gone") from None
     found = hashlib.sha256(data).hexdigest()
@@ -256,4 +269,6 @@ def load_vocabulary(store: Store, manifest: Manifest) -> list[str | None]:
     vocabulary = jsondoc.parse(store, VOCABULARY, data)
     if not isinstance(vocabulary, list) or len(vocabulary) != manifest.vocab_size:
         raise DamagedDocument(store, VOCABULARY, f"expected a list of {manifest.vocab_size} token texts, one an id")
+    if not all(text is None or type(text) is str for text in vocabulary):
+        raise DamagedDocument(store, VOCABULARY, "expected texts and nulls alone")
     return vocabulary

@@ -20,7 +20,7 @@ from cache_schema.schema import QuarantinedExample, Status
 from cache_schema.store import Store
 
 RECORD_MOST_BYTES = 64 << 20
-SEAL_MOST_BYTES = 1 << 30  # a record takes about 700 bytes of it
+SEAL_MOST_BYTES = 1 << 28  # a record takes about 700 bytes of it
 _REASONS = [status.reason for status in Status if status is not Status.USABLE]
 
 
@@ -170,7 +170,8 @@ class Ledger:
         return self.written + sum(self.quarantined.values()) == self.input
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(self.quarantined.items())) or "none"
+        told = ((n, reason if reason.isprintable() else repr(reason)) for reason, n in sorted(self.quarantined.items()))
+        reasons = ", ".join(f"{n} {reason}" for n, reason in told) or "none"
         return f"{self.input} in = {self.written} written + {sum(self.quarantined.values())} quarantined ({reasons})"
 
 

@@ -17,18 +17,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from cache_schema.bounds import (
+    GROUP_TEXT_BYTES,
+    GROUP_VALUES,
+    MAX_FOOTER_BYTES,
+    most_bytes,
+    most_numbers,
+    text_bytes,
+    widest,
+)
 from cache_schema.check import problem_of
 from cache_schema.codec import listed_ids, order_of, places_of
-from cache_schema.errors import CorruptShard, InvalidRow
+from cache_schema.errors import CorruptShard, InvalidRow, StorageError
 from cache_schema.jsondoc import canonical
 from cache_schema.layout import data as data_path
 from cache_schema.manifest import Manifest
+from cache_schema.pages import check_pages
 from cache_schema.record import CommitRecord
-from cache_schema.schema import CacheRow, Columns, Status
+from cache_schema.schema import TEXT_COLUMNS, CacheRow, Columns, Status
 from cache_schema.store import Store
 from cache_schema.table import ARROW_SCHEMA, RowGroup, encode_row, flat, to_table
-
-GROUP_VALUES = 1 << 22  # logits in a row group: 16 MiB decoded, what one random read costs
 
 _ENCODINGS = {
     **dict.fromkeys(("example_id", "prompt", "answer"), "PLAIN"),
@@ -48,6 +56,10 @@ _ENCODINGS = {
     "log_tail.list.element": "BYTE_STREAM_SPLIT",
 }
 _PATHS = [f.name + ".list.element" * pa.types.is_list(f.type) for f in ARROW_SCHEMA]
+_WITH_DICTIONARY = ("task", "height_low.list.element")
+_EXPECTED_ENCODINGS = {path: {"RLE", _ENCODINGS.get(path, "PLAIN")} for path in _PATHS} | {
+    path: {"RLE", "PLAIN", "RLE_DICTIONARY"} for path in _WITH_DICTIONARY
+}
 _LEVELS = {"height_low.list.element": 1}  # noise; of the others level 9 makes 15 bytes less than 3, of 370
 
 
@@ -67,18 +79,7 @@ def encode_shard(rows: Sequence[CacheRow], shard: int, manifest: Manifest) -> En
     Raises InvalidRow, naming shard, row and position, where a row breaks an invariant.
     """
     sink = pa.BufferOutputStream()
-    writer = pq.ParquetWriter(
-        sink,
-        ARROW_SCHEMA,
-        compression="zstd",
-        compression_level={name: _LEVELS.get(name, 9) for name in _PATHS},
-        data_page_size=1 << 28,  # a column of a row group is one page: slots 126 bytes where pages of 1 MiB have 136
-        use_dictionary=["task", "height_low.list.element"],
-        column_encoding=_ENCODINGS,
-        write_statistics=False,
-        store_schema=False,
-        write_page_checksum=True,
-    )
+    writer = parquet_writer(sink)
     for i, row in enumerate(rows):
         problem = problem_of(row, manifest, decoded=False)
         if problem is not None:
@@ -86,7 +87,7 @@ def encode_shard(rows: Sequence[CacheRow], shard: int, manifest: Manifest) -> En
     listed, place_V = _order(rows, manifest) if manifest.store_ids else (None, None)
     error_max = 0.0
     with writer:
-        for group in _groups(rows, manifest.top_k):
+        for group in _groups(rows, manifest):
             encoded = []
             for i in group:
                 columns, error = encode_row(rows[i], manifest, place_V)
@@ -97,7 +98,25 @@ def encode_shard(rows: Sequence[CacheRow], shard: int, manifest: Manifest) -> En
             writer.write_table(to_table(encoded), row_group_size=len(encoded))
         writer.add_key_value_metadata({"logitbank": _tag(shard, manifest)})
     data = memoryview(sink.getvalue())
+    if len(footer_of(data)) > MAX_FOOTER_BYTES:
+        raise InvalidRow(f"shard {shard} has too many logits for one file: set cache.shard_examples lower")
     return EncodedShard(data, hashlib.sha256(data).hexdigest(), hashlib.sha256(footer_of(data)).hexdigest(), error_max)
+
+
+def parquet_writer(sink: Any) -> Any:
+    """Writes tables of `ARROW_SCHEMA` as FORMAT.md has them, and as the reader insists on."""
+    return pq.ParquetWriter(
+        sink,
+        ARROW_SCHEMA,
+        compression="zstd",
+        compression_level={name: _LEVELS.get(name, 9) for name in _PATHS},
+        data_page_size=1 << 28,  # a column of a row group is one page: slots 126 bytes where pages of 1 MiB have 136
+        use_dictionary=list(_WITH_DICTIONARY),
+        column_encoding=_ENCODINGS,
+        write_statistics=False,
+        store_schema=False,
+        write_page_checksum=True,
+    )
 
 
 def _order(rows: Sequence[CacheRow], manifest: Manifest) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -107,15 +126,15 @@ def _order(rows: Sequence[CacheRow], manifest: Manifest) -> tuple[NDArray[np.int
     return listed, places_of(order_of(listed, manifest.vocab_size))
 
 
-def _groups(rows: Sequence[CacheRow], top_k: int) -> Iterator[range]:
+def _groups(rows: Sequence[CacheRow], manifest: Manifest) -> Iterator[range]:
     """Consecutive rows of about GROUP_VALUES logits: a read costs the same whatever the K and the lengths."""
-    start = values = 0
+    start = values = text = 0
     for i, row in enumerate(rows):
-        size = len(row.answer_ids) * top_k
-        if i > start and values + size > GROUP_VALUES:
+        size, length = len(row.answer_ids) * widest(manifest), text_bytes(row)
+        if i > start and (values + size > GROUP_VALUES or text + length > GROUP_TEXT_BYTES):
             yield range(start, i)
-            start, values = i, 0
-        values += size
+            start, values, text = i, 0, 0
+        values, text = values + size, text + length
     if rows:
         yield range(start, len(rows))
 
@@ -158,8 +177,6 @@ class ShardFile:
         with self.opened() as file:
             self._metadata = self._checked(file)
         self.group_rows = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
-        if sum(self.group_rows) != record.rows:
-            raise self.corrupt(f"it has {sum(self.group_rows)} rows, its commit record says {record.rows}")
 
     def _checked(self, file: Any) -> Any:
         """The file's metadata, once its footer is known to be what was written."""
@@ -168,46 +185,81 @@ class ShardFile:
             raise self.corrupt(f"it has {size} bytes, its commit record says {record.bytes}")
         file.seek(max(0, size - 8))
         length = int.from_bytes(file.read(4), "little") + 8
+        if length > MAX_FOOTER_BYTES:
+            raise self.corrupt(f"its footer says it has {length} bytes, expected {MAX_FOOTER_BYTES} at most")
         file.seek(max(0, size - length))
         found = hashlib.sha256(file.read()).hexdigest()
         if found != record.footer_sha256:
             raise self.corrupt(f"its footer has SHA-256 {found}, its commit record says {record.footer_sha256}")
-        metadata = pq.read_metadata(file)
-        self._expect_sizes(metadata, record)
-        if metadata.schema.to_arrow_schema().remove_metadata() != ARROW_SCHEMA:
-            raise self.corrupt(f"its columns are not those of schema version {self._manifest.schema_version}")
-        tag = (metadata.metadata or {}).get(b"logitbank", b"")
+        metadata = pq.ParquetFile(file, arrow_extensions_enabled=False).metadata
+        says = metadata.metadata or {}
+        tag = says.pop(b"logitbank", b"")
         if tag != _tag(record.shard, self._manifest):
             raise self.corrupt(f"it belongs elsewhere: it says {tag.decode(errors='replace')!r}")
+        if says:  # ARROW:schema would have columns read as other types
+            raise self.corrupt(f"its footer has a key {min(says)!r}, expected 'logitbank' alone")
+        if metadata.schema.to_arrow_schema().remove_metadata() != ARROW_SCHEMA:
+            raise self.corrupt(f"its columns are not those of schema version {self._manifest.schema_version}")
+        self._expect_sizes(metadata, record)
         return metadata
 
     def _expect_sizes(self, metadata: Any, record: CommitRecord) -> None:
-        """No list can be longer than its positions allow: checked before anything is allocated for one."""
-        manifest = self._manifest
-        widest = record.positions * max(manifest.top_k, len(manifest.temperatures), 2)
-        most = max(widest, manifest.vocab_size) + record.rows  # an empty list counts as one
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        """Nothing can be longer than its rows and positions allow: checked before anything is allocated for it."""
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        rows = [group.num_rows for group in groups]
+        if min(rows, default=1) < 1 or sum(rows) != metadata.num_rows:
+            raise self.corrupt(f"its footer says {metadata.num_rows} rows, of {len(rows)} groups with {sum(rows)}")
+        if metadata.num_rows != record.rows:
+            raise self.corrupt(f"it has {metadata.num_rows} rows, its commit record says {record.rows}")
+        for group in groups:
+            text_left = GROUP_TEXT_BYTES
             for column in map(group.column, range(group.num_columns)):
-                if column.num_values > most:
-                    raise self.corrupt(
-                        f"{column.path_in_schema} has {column.num_values} numbers, expected up to {most}"
-                    )
+                path, numbers, size = column.path_in_schema, column.num_values, column.total_uncompressed_size
+                name = path.partition(".")[0]
+                most = most_numbers(name, self._manifest, record.positions, group.num_rows)
+                if not 0 <= numbers <= most:
+                    raise self.corrupt(f"{path} has {numbers} numbers, expected up to {most}")
+                most = most_bytes(numbers) + (text_left if name in TEXT_COLUMNS else 0)
+                if not 0 <= size <= most:
+                    raise self.corrupt(f"{path} has {size} bytes unpacked, expected up to {most}")
+                text_left -= size if name in TEXT_COLUMNS else 0
+                if column.compression != "ZSTD" or set(column.encodings) - _EXPECTED_ENCODINGS[path]:
+                    kinds = " and ".join(column.encodings)
+                    raise self.corrupt(f"{path} is {column.compression} of {kinds}, which FORMAT.md does not have")
 
     def group(self, index: int, columns: Columns) -> RowGroup:
         """Read these columns of one row group, and no byte of the others."""
-        with (
-            self.opened() as source,
-            pq.ParquetFile(source, metadata=self._metadata, page_checksum_verification=True) as file,
-        ):
-            table = file.read_row_group(index, columns=list(columns.names))
-            if table.num_rows != self.group_rows[index]:
-                raise ValueError(f"row group {index} has {table.num_rows} rows, expected {self.group_rows[index]}")
-            order_V = self._order(file) if columns is Columns.ALL and self._manifest.store_ids else None
+        with self.opened() as source:
+            table = self._read(source, index, columns.names)
+            order_V = self._order(source) if columns is Columns.ALL and self._manifest.store_ids else None
             return RowGroup(table, self._manifest, columns, order_V)
 
-    def _order(self, file: Any) -> NDArray[np.int32]:
+    def _read(self, source: Any, index: int, names: Sequence[str]) -> Any:
+        """These columns of a row group, once their pages are known to be of the size that the footer says."""
+        group = self._metadata.row_group(index)
+
+        def read(at: int, size: int) -> bytes:
+            source.seek(at)
+            return bytes(source.read(size))
+
+        for i, path in enumerate(_PATHS):
+            if path.partition(".")[0] in names:
+                check_pages(read, group.column(i), group.num_rows, path in _WITH_DICTIONARY)
+        with pq.ParquetFile(
+            source,
+            metadata=self._metadata,
+            page_checksum_verification=True,
+            arrow_extensions_enabled=False,
+            read_dictionary=["task"],  # as it is stored: a name of a megabyte is not made for each of its rows
+        ) as file:
+            table = file.read_row_group(index, columns=list(names))
+        if table.num_rows != group.num_rows:
+            raise ValueError(f"row group {index} has {table.num_rows} rows, expected {group.num_rows}")
+        return table
+
+    def _order(self, source: Any) -> NDArray[np.int32]:
         """[V] the order of ids that the file's first row begins."""
-        offsets, listed = flat(file.read_row_group(0, columns=["id_order"])["id_order"])
+        offsets, listed = flat(self._read(source, 0, ["id_order"])["id_order"])
         if offsets is None or offsets[1] != len(listed):
             raise ValueError("id_order is not in the first row alone")
         return order_of(listed, self._manifest.vocab_size)
@@ -228,6 +280,10 @@ class ShardFile:
         """Whatever goes wrong inside is a CorruptShard that names this file."""
         try:
             yield
+        except MemoryError as error:  # no damage: `repair` must not set the shard aside
+            path = self._store.path(data_path(self._record.file))
+            what = f"reading {path} takes more memory than there is ({error or 'no size is known'})"
+            raise StorageError(f"{what}\n  next: make memory free, or use a larger machine") from error
         except (ValueError, OSError, pa.ArrowException) as error:
             raise self.corrupt(f"it cannot be read: {error}") from error
 

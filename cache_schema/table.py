@@ -119,7 +119,7 @@ class RowGroup:
         self._codec = Codec(manifest.codec, manifest.step)
         self.nbytes: int = table.nbytes + (0 if order_V is None else order_V.nbytes)
         self._rows: int = table.num_rows
-        self._plain = {name: table[name].to_pylist() for name in table.column_names if name not in _LISTS}
+        self._plain = {name: _plain(table[name]) for name in table.column_names if name not in _LISTS}
         self._lists = {name: flat(table[name]) for name in table.column_names if name in _LISTS}
 
     def __len__(self) -> int:
@@ -203,6 +203,16 @@ def _expect_range(name: str, values: NDArray[Any] | None, highest: int) -> None:
     """These numbers are used as indices, or shifted: out of range they would do damage far from here."""
     if values is not None and values.size and not (values.min() >= 0 and values.max() <= highest):
         raise ValueError(f"{name} run from {values.min()} to {values.max()}, expected 0 to {highest}")
+
+
+def _plain(column: Any) -> list[Any]:
+    """The values of a column that has one a row. Of a dictionary, rows share the text that they have in common."""
+    array = column.combine_chunks()
+    if not pa.types.is_dictionary(array.type):
+        values: list[Any] = array.to_pylist()
+        return values
+    texts = array.dictionary.to_pylist()
+    return [texts[i] for i in array.indices.to_pylist()]
 
 
 def flat(column: Any) -> tuple[NDArray[Any] | None, NDArray[Any]]:

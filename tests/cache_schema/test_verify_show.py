@@ -20,7 +20,8 @@ from cache_schema.__main__ import main
 from cache_schema.errors import CorruptShard
 from cache_schema.reader import CacheReader
 from cache_schema.schema import ALIGNMENT
-from cache_schema.shard import footer_of
+from cache_schema.shard import footer_of, parquet_writer
+from cache_schema.table import ARROW_SCHEMA
 from cache_schema.verify import verify
 
 
@@ -91,8 +92,9 @@ def forge(cache: Path, shard: int, change) -> None:
     old = next((cache / "shards").glob(f"{shard:05d}-*"))
     table = change(pq.read_table(old))
     tag = pq.read_metadata(old).metadata[b"logitbank"]
-    with pq.ParquetWriter(old, table.schema, store_schema=False, write_page_checksum=True) as writer:
-        writer.write_table(table)
+    like = table.schema.names == ARROW_SCHEMA.names
+    with parquet_writer(old) if like else pq.ParquetWriter(old, table.schema, store_schema=False) as writer:
+        writer.write_table(table.cast(ARROW_SCHEMA) if like else table)
         writer.add_key_value_metadata({"logitbank": tag})
     data = old.read_bytes()
     sha256, footer = hashlib.sha256(data).hexdigest(), hashlib.sha256(footer_of(memoryview(data))).hexdigest()
