@@ -1,4 +1,7 @@
-"""Committing shards: races, crashes at every step, claims, sealing, a full disk. The oracle is an undisturbed run."""
+"""Committing shards: races, crashes at every step, claims, sealing, a full disk. The oracle is an undisturbed run.
+
+What needs root, strace or several processes at once is in tests/crash.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +85,8 @@ for last in range(1000):
 """
 
 
-def test_killed_at_every_step_then_resumed(make_toy, tmp_path, monkeypatch):
+@pytest.mark.promise("A crash at any system call leaves the old or the new state, never a third")
+def test_killed_at_every_step_then_resumed(make_toy, tmp_path, monkeypatch, tried):
     """SIGKILL before each call that touches the disk, one run each: a second run always ends the same."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     toy = make_toy(examples=2, shard_examples=1)
@@ -100,6 +103,7 @@ def test_killed_at_every_step_then_resumed(make_toy, tmp_path, monkeypatch):
         assert contents(toy.build(folder)) == clean
     assert len(killed) > 40, "the run has dozens of steps"
     assert orphans, "some kills fell between a data file and its record"
+    tried(len(killed), "calls of a cache's writer that touch the disk, killed before each")
 
 
 def test_killed_between_data_file_and_record(toy, tmp_path, monkeypatch):
@@ -150,38 +154,9 @@ def test_every_name_lasts_before_the_next_one_relies_on_it(toy, tmp_path, monkey
 
 # --- races -----------------------------------------------------------------------------------------------------------
 
-RACER = """
-folder, me, gate = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-from dataclasses import replace
-toy = Toy(examples=24, shard_examples=1)
-rows = [replace(toy.row(i), prompt=me) for i in range(24)]  # other bytes than anyone else's
-Path(f"{gate}-{me}").touch()
-while not gate.exists():
-    time.sleep(0.001)
-writer = toy.writer(folder)
-for shard, row in enumerate(rows):
-    writer.commit(shard, [row], [], {"writer": me})
-writer.seal()
-"""
 
-
-def test_processes_race_for_every_record(make_toy, tmp_path):
-    """Three processes create one cache and commit all of its shards at once, claims ignored: one winner a shard."""
-    folder, gate = tmp_path / "c", tmp_path / "gate"
-    racers = [start(RACER, folder, f"racer{i}", gate) for i in range(3)]
-    while len(list(tmp_path.glob("gate-*"))) < 3 and all(racer.poll() is None for racer in racers):
-        time.sleep(0.01)
-    gate.touch()
-    for code, errors in map(finish, racers):
-        assert code == 0, errors
-    report = verify(folder)
-    assert report.good and report.complete and not report.orphans
-    for record, row in zip(report.records, CacheReader.open(folder).rows(), strict=True):
-        assert row.prompt == record.provenance["writer"]
-    assert not list(folder.rglob(".tmp-*")) and not (folder / "claims").exists()
-
-
-def test_the_winner_may_sweep_the_losers_seal_at_any_moment(toy, tmp_path, monkeypatch):
+@pytest.mark.promise("Two writers on one cache: each shard has one winner, the loser goes on or leaves clean")
+def test_the_winner_may_sweep_the_losers_seal_at_any_moment(toy, tmp_path, monkeypatch, tried):
     """Two seal at once: one creates sealed.json and tidies up between the other's attempt and its look at why."""
     folder, link = tmp_path / "c", os.link
     writer, winner = toy.writer(folder), toy.writer(folder)
@@ -197,9 +172,11 @@ def test_the_winner_may_sweep_the_losers_seal_at_any_moment(toy, tmp_path, monke
     seals = []
     monkeypatch.setattr(os, "link", beaten)
     assert [writer.seal()] == seals and verify(folder).complete
+    tried(1, "seals overtaken by another")
 
 
-def test_loser_takes_the_winners_record(toy, tmp_path, monkeypatch):
+@pytest.mark.promise("Two writers on one cache: each shard has one winner, the loser goes on or leaves clean")
+def test_loser_takes_the_winners_record(toy, tmp_path, monkeypatch, tried):
     """Another writer commits just before our record: its record is returned, our file goes, in that order."""
     folder = tmp_path / "c"
     slow, fast = toy.writer(folder), toy.writer(folder)
@@ -214,6 +191,7 @@ def test_loser_takes_the_winners_record(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(Folder, "create", overtaken)
     assert slow.commit(0, rows, bad, {}) == won[0]
     assert [p.name for p in (folder / "shards").glob("*.parquet")] == [won[0].file]
+    tried(1, "records overtaken by another")
 
 
 def test_loser_with_the_same_bytes_leaves_the_winners_file(toy, tmp_path):
@@ -223,7 +201,8 @@ def test_loser_with_the_same_bytes_leaves_the_winners_file(toy, tmp_path):
     assert verify(tmp_path / "c").good
 
 
-def test_sealed_under_a_slow_writer(toy, tmp_path, monkeypatch):
+@pytest.mark.promise("Two writers on one cache: each shard has one winner, the loser goes on or leaves clean")
+def test_sealed_under_a_slow_writer(toy, tmp_path, monkeypatch, tried):
     """The seal sweeps temporary files, a living loser's too: it then finds the winner's record and is content."""
     folder = tmp_path / "c"
     writer = toy.writer(folder)
@@ -235,6 +214,7 @@ def test_sealed_under_a_slow_writer(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Folder, "publish", swept)
     assert toy.commit(writer, 2) == CacheReader.open(folder).records[2]
+    tried(1, "caches sealed under a slow writer")
 
 
 def test_cache_removed_under_a_writer(toy, tmp_path):
@@ -453,31 +433,13 @@ except StorageError as error:
 """
 
 
-def test_file_size_limit(make_toy, tmp_path):
+@pytest.mark.promise("No space, no permission, read-only: an error in bounded time, nothing half published")
+def test_file_size_limit(make_toy, tmp_path, tried):
     code, errors = finish(start(LIMITED, tmp_path / "c"))
     assert code == 2 and "File too large" in errors and "free there" in errors
     assert not list((tmp_path / "c").rglob(".tmp-*"))
     make_toy(examples=3, shard_examples=1, max_positions=400).build(tmp_path / "c")
-
-
-def test_a_file_system_that_is_really_full(make_toy, tmp_path):
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(mount)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    toy = make_toy(examples=60, shard_examples=2, max_positions=60)
-    try:
-        with pytest.raises(StorageError, match="No space left on device"):
-            toy.build(mount)
-        report = verify(mount)
-        assert report.good and report.records and report.missing
-        grow = ["mount", "-o", "remount,size=8m", str(mount)]
-        subprocess.run(grow, check=True)
-        toy.build(mount)  # the same command again
-        assert verify(mount).complete
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
+    tried(1, "file size limits under a cache's writer")
 
 
 def test_no_hard_links(toy, tmp_path, monkeypatch):

@@ -47,13 +47,15 @@ def killed_until_done(
     within_s: float,
     most: int,
 ) -> int:
-    """Start it, wait until `state` differs, wait up to `within_s` more, kill it; and again, `most` times. How many kills
-    fell into its work."""
+    """Start it, wait until `state` differs, wait up to `within_s` more, kill it; and again, `most` times.
+
+    Returns how many kills fell into its work.
+    """
     kills = 0
     while kills < most:
         before, child = state(), stages.start(*command)
         child.release()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + crashes.HANG_S
         while state() == before and child.state() != "Z" and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, within_s))

@@ -30,6 +30,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 TOY_OF_THE_CACHE = ROOT / "tests" / "cache_schema" / "conftest.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+HANG_S = 200  # what takes a second or less has hung by then, on whatever machine
 ENV["PYTHONDONTWRITEBYTECODE"] = "1"  # else the first run makes other calls than the second
 
 LOAD_TOY = f"""
@@ -75,9 +76,16 @@ def run(folder, how=""):
 )
 
 _SERVE = """
-import io, json, os, sys, traceback
+import ctypes, io, json, os, sys, traceback
 
-def _child(gate, log, arguments):
+def _obey_permissions():  # as others must: without the two capabilities by which root may read and write anything
+    libc = ctypes.CDLL(None)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~0b110  # of the effective ones, CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+
+def _child(gate, log, arguments, bound):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 1)
     os.dup2(1, 2)
@@ -85,6 +93,8 @@ def _child(gate, log, arguments):
     code = 1
     try:
         os.read(gate, 1)
+        if bound:
+            _obey_permissions()
         code = run(*arguments) or 0
     except SystemExit as stop:
         code = stop.code or 0
@@ -105,7 +115,7 @@ for _order in sys.stdin:
         _pid = os.fork()
         if _pid == 0:
             os.close(_write)
-            _child(_read, _order["log"], _order["start"])
+            _child(_read, _order["log"], _order["start"], _order["bound"])
         os.close(_read)
         print(json.dumps([_pid, _write]), flush=True)
     elif "release" in _order:
@@ -133,28 +143,30 @@ class ForkServer:
             stdout=subprocess.PIPE,
             stderr=self._errors,
         )
-        assert self.answer(120) == "ready", (folder / "server.log").read_text()
+        assert self.answer(HANG_S) == "ready", (folder / "server.log").read_text()
 
-    def start(self, *arguments: object) -> "Child":
-        """A child that waits to be released."""
+    def start(self, *arguments: object, bound: bool = False) -> "Child":
+        """A child that waits to be released. bound: permissions bind it, though it be root's."""
         self._started += 1
         log = self._folder / f"child-{self._started}.log"
-        pid, gate = json.loads(self.order({"start": list(map(str, arguments)), "log": str(log)}))
+        pid, gate = json.loads(
+            self.order({"start": list(map(str, arguments)), "log": str(log), "bound": bound}) or "null"
+        )
         return Child(self, pid, gate, log)
 
-    def run(self, *arguments: object, timeout_s: float = 60) -> "Outcome":
+    def run(self, *arguments: object, bound: bool = False) -> "Outcome":
         """One run from start to end."""
-        child, started = self.start(*arguments), time.monotonic()
+        child = self.start(*arguments, bound=bound)
         child.release()
-        code = child.wait(timeout_s)
-        return Outcome(code, child.output(), time.monotonic() - started)
+        code = child.wait()
+        return Outcome(code, child.output(), child.pid)
 
-    def order(self, order: dict[str, object], timeout_s: float = 60) -> str | None:
+    def order(self, order: dict[str, object]) -> str | None:
         """Send one line, and read the answer; None when there is none in time."""
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(order).encode() + b"\n")
         self._server.stdin.flush()
-        return self.answer(timeout_s)
+        return self.answer(HANG_S)
 
     def answer(self, timeout_s: float) -> str | None:
         """The next line from the server, byte by byte: `select` does not see what a buffer holds."""
@@ -187,8 +199,7 @@ class Outcome:
 
     code: int
     output: str
-    seconds: float
-    pid: int = 0
+    pid: int
 
 
 @dataclass
@@ -216,13 +227,13 @@ class Child:
         """Send it a signal; it may be over, but is not forgotten until it has been waited for."""
         os.kill(self.pid, number)
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def wait(self) -> int:
         """Its exit code, minus the signal's number when one ended it. One that hangs is killed, and fails the test."""
-        code = self.server.order({"wait": self.pid}, timeout_s)
+        code = self.server.order({"wait": self.pid})
         if code is None:
             os.kill(self.pid, signal.SIGKILL)
             self.server.answer(10)
-            raise AssertionError(f"still running after {timeout_s} s:\n{self.output()}")
+            raise AssertionError(f"still running after {HANG_S} s:\n{self.output()}")
         return int(code)
 
     def output(self) -> str:
@@ -359,7 +370,7 @@ def trace(server: ForkServer, arguments: Sequence[object], folder: Path, ignore:
 
     ignore: a pattern of lines that are nobody's concern.
     """
-    child, lines = _traced(server, arguments, [], 120)
+    child, lines = _traced(server, arguments, [])
     assert child.code == 0, child.output
     return [point for point in _points(lines, folder) if not re.search(ignore, point.line)]
 
@@ -390,7 +401,7 @@ def inject_once(
 ) -> Outcome:
     """As `inject`, into a folder as it is. Raises NotHit when that call of the run is another one, or never comes."""
     tamper = ["-e", f"inject={point.call}:{what}:when={point.nth}{'+' * lasting}"]
-    outcome, lines = _traced(server, arguments, tamper, 120)
+    outcome, lines = _traced(server, arguments, tamper)
     meant = [p for p in _points(lines, folder) if (p.call, p.nth) == (point.call, point.nth)]
     if [p.line for p in meant] != [point.line]:
         raise NotHit(f"meant {point}, hit {meant}\n{outcome.output}", outcome)
@@ -402,23 +413,19 @@ def inject_in_threads(
 ) -> tuple[Outcome, list[bool]]:
     """Inject into the calls of every thread on one path, such as `fsync:error=ENOSPC`; what came of it, and of each
     hit, whether it was in another thread than the main one."""
-    outcome, lines = _traced(server, arguments, ["-f", "-P", str(where), "-e", f"inject={what}"], 120)
+    outcome, lines = _traced(server, arguments, ["-f", "-P", str(where), "-e", f"inject={what}"])
     hit = [line.split()[0] for line in lines if line.endswith("(INJECTED)")]
     return outcome, [int(thread) != outcome.pid for thread in hit]
 
 
-def _traced(
-    server: ForkServer, arguments: Sequence[object], tamper: Sequence[str], timeout_s: float
-) -> tuple[Outcome, list[str]]:
+def _traced(server: ForkServer, arguments: Sequence[object], tamper: Sequence[str]) -> tuple[Outcome, list[str]]:
     child = server.start(*arguments)
     log = child.log.with_suffix(".strace")
     with _strace(child, log, tamper) as strace:
-        started = time.monotonic()
         child.release()
-        code = child.wait(timeout_s)
-        seconds = time.monotonic() - started
+        code = child.wait()
         strace.wait(30)
-    return Outcome(code, child.output(), seconds, child.pid), log.read_text(errors="replace").splitlines()
+    return Outcome(code, child.output(), child.pid), log.read_text(errors="replace").splitlines()
 
 
 @contextmanager
@@ -445,7 +452,7 @@ def stalled(server: ForkServer, arguments: Sequence[object], point: Point, befor
     how = "delay_enter=1000s" if before else "signal=SIGSTOP"
     with _strace(child, log, ["-e", f"inject={point.call}:{how}:when={point.nth}"]) as strace:
         child.release()
-        deadline, stopped = time.monotonic() + 60, 0
+        deadline, stopped = time.monotonic() + HANG_S, 0
         while stopped < 10 and time.monotonic() < deadline:
             stopped = stopped + 1 if child.state() in ("t", "T") else 0  # for a moment it is so at every call
             assert child.state() != "Z", f"it never came to {point}:\n{child.output()}"
