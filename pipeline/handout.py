@@ -88,6 +88,11 @@ class Handout:
         takeable = any(left - self._tried.get(unit, set()) for unit in self._waiting)
         return not (self._in_work or self._taken or takeable)
 
+    def narrow(self, missing: Collection[Unit]) -> None:
+        """Do not hand out what others have done: `missing` are the units that nobody has."""
+        self.done += [unit for unit in self._waiting if unit not in missing]
+        self._waiting = deque(unit for unit in self._waiting if unit in missing)
+
     def offer_again(self, missing: Collection[Unit]) -> None:
         """Hand out what others had claimed, unless they have done it: `missing` are the units that nobody has."""
         self.done += [unit for unit in self._taken if unit not in missing]

@@ -23,6 +23,7 @@ from stage1_teacher.plan import longest
 from stage1_teacher.teacher import load_teacher
 
 LOOK_AGAIN_S = 2.0  # at shards that others have claimed
+TAKEN_IN_A_ROW = 8  # then one listing says what others have done: to try each costs requests, in an object store
 _NOWHERE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOTCONN}
 
 
@@ -120,12 +121,16 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
         done = sum(len(manifest.examples_of(int(shard))) for shard in handout.done)
         show(done + sum(worker.captured.values()))
 
-    waiting = False
+    waiting, taken = False, 0
     try:
         while True:
             shard = handout.next(0)
             for outcome in worker.finish() if shard is None else worker.work(int(shard), report=report):
                 handout.settle(0, outcome)
+                taken = taken + 1 if outcome.state == "taken" else 0
+            if taken == TAKEN_IN_A_ROW:
+                handout.narrow(set(worker.writer.missing()))
+                taken = 0
             report()
             if shard is not None:
                 continue
@@ -135,7 +140,7 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
                 print(waiting_for(handout.taken), flush=True)
             waiting = True
             time.sleep(LOOK_AGAIN_S)
-            handout.offer_again(worker.writer.missing())
+            handout.offer_again(set(worker.writer.missing()))
     finally:
         worker.close()
 

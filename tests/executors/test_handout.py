@@ -137,3 +137,12 @@ def test_a_reason_names_class_place_and_notes():
 )
 def test_workers_are_one_a_gpu_or_one_a_machine(nodes, device, workers, gpus, expected):
     assert placement(nodes, device, workers, gpus) == expected
+
+
+def test_what_others_have_done_is_not_handed_out():
+    """One listing says so; what is claimed elsewhere and not done stays where it is."""
+    handout = Handout(range(6))
+    assert handout.next(0) == 0
+    handout.settle(0, Outcome(0, "taken"))
+    handout.narrow({0, 3, 5})
+    assert (handout.done, handout.taken, handout.waiting) == ([1, 2, 4], [0], [3, 5])
