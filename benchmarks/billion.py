@@ -2,7 +2,7 @@
 
     python benchmarks/billion.py [--positions 1000000000] [--workers 64] [--shard-examples 256 2048] [--out FILE]
 
-A simulation: no byte goes anywhere. Each worker runs the package's own `CacheWriter` (plan, claim, commit record, seal) on
+A simulation: no byte goes anywhere. Each worker runs the package's own `CacheWriter` (plan, claim, seal) on
 a store that keeps names and sizes in memory and charges a virtual clock for every request. What the clock charges is
 assumed, and printed; what local code takes (encoding, opening a seal of so many records, the order of an epoch) is
 measured here, now, with the real code. Bytes a position are what benchmarks/results/cache_bytes.json says.

@@ -82,14 +82,13 @@ def _remember(recipe: "Recipe", path: Path) -> None:
 
 def _status(args: argparse.Namespace) -> int:
     from cache_schema.errors import NotACache
-    from cache_schema.reader import CacheReader
     from pipeline.fingerprint import Experiment
     from pipeline.run_dir import RunDir
 
     recipe = recipe_of(args)
     experiment, run_dir = Experiment(recipe), RunDir.of(recipe)
     try:
-        reader = CacheReader.open(experiment.cache_dir, expect=experiment.identity, require_sealed=False)
+        reader = experiment.open_cache(require_sealed=False)
         state = "sealed" if reader.sealed else f"{len(reader.records)} of {reader.manifest.shards} shards"
         print(f"cache    {experiment.cache_dir}: {state}; examples {reader.totals().examples}")
     except NotACache:

@@ -34,12 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     recipe = recipe_of(args)
 
-    from cache_schema.reader import CacheReader
     from pipeline.fingerprint import Experiment
 
     experiment = Experiment(recipe)
     try:
-        reader = CacheReader.open(experiment.cache_dir, expect=experiment.identity)
+        reader = experiment.open_cache()
     except (NotACache, IncompleteCache):
         pass
     else:
@@ -51,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fill(experiment: "Experiment", command: Sequence[str], shards: Sequence[int] | None = None) -> int:
     """Capture every shard that is missing, or those of `shards`, then seal what is complete; the exit code."""
-    from cache_schema.reader import CacheReader
     from cache_schema.writer import CacheWriter
     from pipeline.handout import Handout
     from pipeline.progress import progress
@@ -60,6 +58,8 @@ def fill(experiment: "Experiment", command: Sequence[str], shards: Sequence[int]
     examples = experiment.training_set.cached
     manifest, texts = planned(experiment, command)
     writer = CacheWriter.open(experiment.cache_dir, manifest, texts)
+    if not writer.exclusive:
+        _alone(experiment)
     missing, rows = writer.missing(), manifest.provenance["rows"]
     print(
         f"cache {experiment.cache_dir}: {manifest.shards - len(missing)} of {manifest.shards} shards are there; "
@@ -86,10 +86,23 @@ def fill(experiment: "Experiment", command: Sequence[str], shards: Sequence[int]
         print(f"the shards asked for are there; {len(others)} others of {manifest.shards} are missing")
         return 0
     writer.seal()
-    reader = CacheReader.open(experiment.cache_dir)
+    reader = experiment.open_cache()
     print(f"cache {experiment.cache_dir}: sealed, {_summary(reader)}")
     print(_by_task(experiment, reader))
     return 0
+
+
+def _alone(experiment: "Experiment") -> None:
+    """Raise RunError where several processes would write to a store that cannot tell which of two was first."""
+    from pipeline.errors import RunError
+
+    if experiment.recipe.runtime.executor != "local" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            f"cache.dir {experiment.cache_dir}: the store has no conditional writes, so of two processes that commit the "
+            "same shard neither would know;\n  next: run one process (no torchrun, --executor local), or use s3://, "
+            "gs://, az:// or a folder"
+        )
+    print(f"cache {experiment.cache_dir}: the store has no conditional writes; let no other process write to it")
 
 
 def _capture(

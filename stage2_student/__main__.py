@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from pipeline.cli import EXIT_USER_ERROR, guarded, recipe_arguments, recipe_of, recipe_parser
 
 if TYPE_CHECKING:
-    from cache_schema.reader import CacheReader
     from pipeline.fingerprint import Experiment
     from pipeline.recipe import Recipe
     from stage2_student.group import Group
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     group = _joined(recipe) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     with group.agree() if group is not None else nullcontext():
         arms = plan(experiment, args.student, args.arm)
-        reader = _reader(experiment) if group is not None else None
+        reader = experiment.open_cache() if group is not None else None
     if group is not None and reader is not None:  # before anything is decided: each has a run folder of its own, maybe
         with group.agree():
             arms = group.same_plan(arms, reader)
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{arm.label}: {state} ({recipe.train.steps} steps) {arm.folder.root}", flush=True)
     if not left:
         return 0
-    reader = reader or _reader(experiment)
+    reader = reader or experiment.open_cache()
     if several:
         chosen = [part for name in ("student", "arm") if (v := getattr(args, name)) for part in (f"--{name}", v)]
         return _in_processes(recipe.runtime.processes, [*recipe_arguments(args), *chosen])
@@ -82,12 +81,6 @@ def _joined(recipe: "Recipe") -> "Group":
     return Group.join(cpu=device_of(recipe).type == "cpu")
 
 
-def _reader(experiment: "Experiment") -> "CacheReader":
-    from cache_schema.reader import CacheReader
-
-    return CacheReader.open(experiment.cache_dir, expect=experiment.identity)
-
-
 def _failures(failed: "Sequence[Failed]", asked: int, arguments: Sequence[str]) -> str:
     """What the end says: which arms failed, why, and the commands that try those again."""
     rest = "; the others are trained" if len(failed) < asked else ""
@@ -108,7 +101,7 @@ def _report_alignment(experiment: "Experiment", student: str | None) -> None:
     from stage2_student import coverage
     from stage2_student.arms import students
 
-    reader = _reader(experiment)
+    reader = experiment.open_cache()
     covered = {}
     for plan in students(experiment, student):
         with progress(f"{plan.name} alignment", len(reader), "examples") as bar:
