@@ -134,7 +134,7 @@ class Cluster:
                 )
                 slot.actor = make.options(scheduling_strategy="SPREAD").remote(*self._arguments)
                 slot.doing, slot.call = "start", slot.actor.start.remote()
-            elif (unit := handout.next(slot.number)) is not None:
+            elif not handout.suspect(slot.number) and (unit := handout.next(slot.number)) is not None:
                 slot.doing, slot.call = "work", slot.actor.work.remote(unit, unit in handout.ours, extra(unit))
             elif handout.of(slot.number):
                 slot.doing, slot.call = "finish", slot.actor.finish.remote()

@@ -72,6 +72,12 @@ class Handout:
         """The units in this worker's hands."""
         return [unit for unit, holder in self._in_work.items() if holder == worker]
 
+    def suspect(self, worker: int) -> bool:
+        """Whether to have this worker finish what it has before it gets more: a unit that it has, or the next one, has
+        seen a worker die, and no other unit shall be lost with it again."""
+        mine = self.of(worker)
+        return bool(mine) and any(self._deaths[unit] for unit in [*mine, *list(self._waiting)[:1]])
+
     @property
     def waiting(self) -> list[Unit]:
         """Units that nobody works at."""

@@ -1,19 +1,30 @@
 """`python -m stage3_eval --recipe R`: score references, untouched students and every checkpoint, and report.
 
 Answers that are there are not generated again, so a second call only scores; `--rescore` promises it, and needs
-neither the models nor the checkpoints.
+neither the models nor the checkpoints. A checkpoint that cannot be loaded or generated is left out and listed, with
+exit code 3; the same command tries just those again. `--executor ray` generates on a
+cluster; see stage1_teacher/RAY.md.
 """
 
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
-from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, guarded, recipe_arguments, recipe_of, recipe_parser
+
+if TYPE_CHECKING:
+    from pipeline.handout import Unit
+    from stage3_eval.answers import Job
+    from stage3_eval.evaluate import Evaluated
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate what is missing, score everything, write the report, and print its table."""
     parser = recipe_parser("stage3_eval", "Score references, untouched students and every checkpoint, with error bars.")
+    add_executor_argument(parser)
     parser.add_argument("--student", metavar="NAME", help="generate for this student alone")
     parser.add_argument(
         "--rescore", action="store_true", help="never generate: score the predictions that were kept, without a model"
@@ -27,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RunError(f"--student {args.student}: {unknown_name('student', args.student, recipe.students)}")
 
     from pipeline.tasks import get_task
+    from stage3_eval.answers import Answers
     from stage3_eval.blocks import Blocks
     from stage3_eval.evaluate import ModelRun
     from stage3_eval.metrics import check_available
@@ -36,21 +48,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_available((metric for task in recipe.data.tasks for metric in get_task(task).metrics), recipe.eval.metrics)
     blocks, evaluated = Blocks(recipe), []
     names = [*recipe.eval.references, *recipe.students]
-    runs = [ModelRun(recipe, name, blocks, arguments, args.rescore) for name in names]  # all are found before one runs
-    for run in runs:  # one after another: each frees its memory before the next
-        for note in run.notes:
-            print(note, flush=True)
-        if args.student not in (None, run.name) and not run.complete():
-            print(f"{run.name}: not asked for, and some of its answers are missing; it is left out of the report")
-            continue
-        evaluated.append(run.evaluate())
+    with ExitStack() as stack:
+        make: Callable[[Answers, Sequence[Job], str], dict[Unit, str]] = Answers.make
+        if recipe.runtime.executor != "local" and not args.rescore:
+            from stage3_eval.executor_ray import Crew
+
+            make = stack.enter_context(Crew(recipe)).make
+        runs = [
+            ModelRun(recipe, name, blocks, arguments, args.rescore, make) for name in names
+        ]  # found before one runs
+        for run in runs:  # one after another: each frees its memory before the next
+            for note in run.notes:
+                print(note, flush=True)
+            if args.student not in (None, run.name) and not run.complete():
+                print(f"{run.name}: not asked for, and some of its answers are missing; it is left out of the report")
+                continue
+            evaluated.append(run.evaluate())
     command = ["stage3_eval", *arguments, *(["--rescore"] if args.rescore else [])]
-    table, files = write_report(recipe, blocks.scored, evaluated, command)
+    answered = [model for model in evaluated if model.files]
+    if not answered:
+        return _say_missing(evaluated, arguments)
+    table, files = write_report(recipe, blocks.scored, answered, command)
     print(f"\n{table}")
     for path in files:
         print(f"{'picture' if path.suffix == '.png' else 'report '}  {path}")
     print(f"done in {time.monotonic() - started:.0f} s")
-    return 0
+    return _say_missing(evaluated, arguments)
+
+
+def _say_missing(evaluated: "Sequence[Evaluated]", arguments: Sequence[str]) -> int:
+    """What was left out and why, and the command that tries just these again; the exit code."""
+    missing = [f"{model.name}/{name}: {why}" for model in evaluated for name, why in model.missing.items()]
+    if not missing:
+        return 0
+    lines = [f"{len(missing)} conditions are missing in the report; all that was generated is kept:", *missing]
+    again = shlex.join(["python", "-m", "stage3_eval", *arguments])
+    print("\n  ".join(lines) + f"\nTo try just these again:\n  {again}", file=sys.stderr)
+    return EXIT_INCOMPLETE
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The answers of one model: those that are there are found, those that are missing are generated. Called by `evaluate`.
 
-Nothing that exists is generated again: a condition is looked up by its identity (weights, adapter, prompts, engine),
-an example by its prompt, so a checkpoint scored on the first n examples is extended, not repeated. A model is loaded
-only where an answer is missing.
+An error in one condition (an adapter that cannot be loaded, memory that runs out) is its reason to be left out, and the
+others go on. Nothing that exists is generated again: a condition is looked up by its identity (weights, adapter,
+prompts, engine), an example by its prompt, so a checkpoint scored on the first n examples is extended, not repeated. A
+model is loaded only where an answer is missing.
 
 A prompt that does not fit into the model's window together with eval.max_new_tokens is an error in a recipe of one
 task, where a setting is wrong. In a mixture it would stop everything for one long document, so there such an example
@@ -12,11 +13,12 @@ the same prompts of a block (but the few_shot baseline, whose prompts are longer
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import RunError
+from pipeline.handout import Handout, Outcome, Unit, failed
 from pipeline.progress import progress
 from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
@@ -29,6 +31,10 @@ from stage3_eval.predictions import Prediction, PredictionFile, prompt_digest
 from stage3_eval.subject import Subject
 
 _SAVE_EVERY_S = 20.0
+
+
+class CannotSave(RunError):
+    """The run folder cannot be written: of no use to try the next condition."""
 
 
 class Job(NamedTuple):
@@ -63,8 +69,34 @@ class Answers:
         file = self._file(job.condition, job.block)
         return [e for e in job.examples if file.of(e, self._digest(job, e)) is None]
 
-    def make(self, jobs: Sequence[Job], what: str = "") -> None:
-        """Make every job's answers be there, saying what was there already. Raises UserError; what was made is kept."""
+    def make(self, jobs: Sequence[Job], what: str = "") -> dict[Unit, str]:
+        """Make every job's answers be there, saying what was there already; condition -> why it could not be done.
+
+        Raises UserError for what concerns all conditions; what was made is kept.
+        """
+        lacking = self.lacking(jobs, what)
+        if not lacking:
+            return {}
+        handout = Handout(dict.fromkeys(job.condition.name for job, _ in lacking))
+        try:
+            self.load([job.condition for job, _ in lacking])  # before the progress starts, or it would spoil the ETA
+        except RunError:
+            raise
+        except Exception as error:  # a model that cannot be loaded leaves the others to be scored
+            return dict.fromkeys(handout.waiting, failed("", error).reason)
+        wanted, todo = (sum(len(of) for of in each) for each in ([j.examples for j in jobs], [e for _, e in lacking]))
+        with progress(f"stage 3, {self.subject.name}", wanted, "answers", done=wanted - todo) as bar:
+            while (name := handout.next(0)) is not None:
+                mine = [(job, examples) for job, examples in lacking if job.condition.name == name]
+                handout.settle(0, self.answer(name, mine, bar.advance))
+        return handout.failures | dict.fromkeys(handout.untried, f"not tried, since {handout.given_up.get(0)}")
+
+    def lacking(self, jobs: Sequence[Job], what: str = "") -> list[tuple[Job, list[Example]]]:
+        """The jobs with the examples that are to be generated for them, and a line that says how many.
+
+        Prompts that are too long are kept as such. Raises RunError where there are any and the recipe has one task, and
+        for anything to be generated when rescoring.
+        """
         lacking = [(job, self.missing(job)) for job in jobs]
         todo = sum(len(examples) for _, examples in lacking)
         wanted = sum(len(job.examples) for job in jobs)
@@ -72,7 +104,7 @@ class Answers:
         if not todo:
             if jobs:
                 print(f"{name}: all {wanted:,} answers {what}are there; no model is loaded", flush=True)
-            return
+            return []
         if self.rescore:
             job, examples = next((job, examples) for job, examples in lacking if examples)
             raise RunError(
@@ -86,15 +118,39 @@ class Answers:
             flush=True,
         )
         lacking = [(job, self._set_aside(job, examples)) for job, examples in lacking if examples]
-        lacking = [(job, examples) for job, examples in lacking if examples]
-        if not lacking:
-            return
-        if self._engine is None:  # before the progress starts, or the time it takes would spoil the ETA
-            self._load([job.condition for job, _ in lacking])
-        todo = sum(len(examples) for _, examples in lacking)
-        with progress(f"stage 3, {name}", wanted, "answers", done=wanted - todo) as bar:
+        return [(job, examples) for job, examples in lacking if examples]
+
+    def answer(
+        self, name: Unit, lacking: Sequence[tuple[Job, list[Example]]], advance: Callable[[int, str], object]
+    ) -> Outcome:
+        """Generate what some jobs of one condition lack, and say what became of it: the same on a cluster.
+
+        advance: called with the number of answers made, and for what. Raises CannotSave.
+        """
+        try:
             for job, examples in lacking:
-                self._generate(job, examples, bar)
+                self._generate(job, examples, advance)
+        except CannotSave:
+            raise
+        except Exception as error:
+            return failed(name, error)
+        return Outcome(name, "done")
+
+    def load(self, conditions: Sequence[Condition]) -> None:
+        """The engine, loaded once, with room for every prompt of the run that fits at all, and for these adapters."""
+        if self._engine is not None:
+            return
+        select = [self._blocks.held_out] if self.recipe.eval.select == HELD_OUT else []
+        kinds = [Condition("zero_shot"), *(c for c in baselines(self.recipe) if c.few_shot)]
+        jobs = [Job(kind, block, block.examples) for kind in kinds for block in [*self._blocks.scored, *select]]
+        needed = [self._tokens_needed(job, e) for job in jobs if asked(*job[:2]) for e in job.examples]
+        longest = max(tokens for tokens in needed if self.subject.window is None or tokens <= self.subject.window)
+        self._engine = self.subject.load(longest, sorted({c.adapter for c in conditions if c.adapter}))
+
+    def forget(self, jobs: Sequence[Job]) -> None:
+        """Read these jobs' files again when they are asked for: another process has written them."""
+        for job in jobs:
+            self.files.pop((job.condition.name, job.block.name), None)
 
     def close(self) -> None:
         """Free the model's memory, and that of its prompts."""
@@ -188,16 +244,7 @@ class Answers:
         ids = {example.id for example in too_long}
         return [example for example in examples if example.id not in ids]
 
-    def _load(self, conditions: Sequence[Condition]) -> None:
-        """The engine, loaded once, with room for every prompt of the run that fits at all."""
-        select = [self._blocks.held_out] if self.recipe.eval.select == HELD_OUT else []
-        kinds = [Condition("zero_shot"), *(c for c in baselines(self.recipe) if c.few_shot)]
-        jobs = [Job(kind, block, block.examples) for kind in kinds for block in [*self._blocks.scored, *select]]
-        needed = [self._tokens_needed(job, e) for job in jobs if asked(*job[:2]) for e in job.examples]
-        longest = max(tokens for tokens in needed if self.subject.window is None or tokens <= self.subject.window)
-        self._engine = self.subject.load(longest, sorted({c.adapter for c in conditions if c.adapter}))
-
-    def _generate(self, job: Job, examples: list[Example], bar: Any) -> None:
+    def _generate(self, job: Job, examples: list[Example], advance: Callable[[int, str], object]) -> None:
         """Generate in chunks of similar length, the longest first, saving every so often and at the end."""
         from pipeline.models import provenance
 
@@ -210,7 +257,7 @@ class Answers:
         for start in range(0, len(ordered), self._engine.chunk):
             chunk = ordered[start : start + self._engine.chunk]
             fresh += self._answered(job, chunk, self._engine)
-            bar.advance(len(chunk), note=f"{job.condition.name} on {job.block.name}")
+            advance(len(chunk), f"{job.condition.name} on {job.block.name}")
             if time.monotonic() - saved > _SAVE_EVERY_S or start + len(chunk) == len(ordered):
                 self._save(job, fresh, written_by)
                 fresh, saved = [], time.monotonic()
@@ -242,7 +289,10 @@ class Answers:
 
     def _save(self, job: Job, fresh: Sequence[Prediction], written_by: Mapping[str, Any]) -> None:
         key = job.condition.name, job.block.name
-        self.files[key] = predictions.save(self.files[key], fresh, written_by)
+        try:
+            self.files[key] = predictions.save(self.files[key], fresh, written_by)
+        except RunError as error:
+            raise CannotSave(str(error)) from None
 
     def _prompt_ids(self, job: Job, example: Example) -> list[int]:
         key = (job.condition.name if job.condition.few_shot else job.block.name, example.id)

@@ -4,10 +4,11 @@ A student answers with its untouched weights and with every checkpoint of its ar
 finds and generates; here it is decided what is asked, and which checkpoint stands for an arm.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from pipeline.errors import RunError
+from pipeline.handout import Unit
 from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
 from pipeline.tasks import get_task
@@ -26,7 +27,7 @@ class Evaluated:
 
     runs: the trainings of its arms, none of a reference. headline: run -> the step whose answers stand for it.
     held_out: run -> step -> score on the held-out rows, where a checkpoint was chosen there. files: (condition, block)
-    -> its answers, where they lie and what wrote them.
+    -> its answers, where they lie and what wrote them. missing: condition -> why it was left out of all of these.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Evaluated:
     headline: Mapping[str, int]
     held_out: Mapping[str, Mapping[int, float]]
     files: Mapping[tuple[str, str], PredictionFile]
+    missing: Mapping[Unit, str] = field(default_factory=dict)
 
     def answers(self, condition: str, block: str) -> Mapping[str, Prediction]:
         """id -> prediction."""
@@ -42,12 +44,19 @@ class Evaluated:
 
 class ModelRun:
     """One model, by its name among the recipe's students or references. arguments: the `--recipe` and `--set` of this
-    run, for hints. rescore: see `Answers`. Raises ModelError where its model is not there, RunError where an arm is
+    run, for hints. rescore: see `Answers`. make: what has the answers of jobs made, condition -> why not; by default
+    this process (`Answers.make`). Raises ModelError where its model is not there, RunError where an arm is
     not the recipe's or, when rescoring, nothing was kept.
     """
 
     def __init__(
-        self, recipe: Recipe, name: str, blocks: Blocks, arguments: Sequence[str] = (), rescore: bool = False
+        self,
+        recipe: Recipe,
+        name: str,
+        blocks: Blocks,
+        arguments: Sequence[str] = (),
+        rescore: bool = False,
+        make: Callable[[Answers, Sequence[Job], str], dict[Unit, str]] = Answers.make,
     ) -> None:
         self.recipe, self.name, self.rescore = recipe, name, rescore
         self.is_student = name in recipe.students
@@ -61,7 +70,8 @@ class ModelRun:
         self._subject = Subject(recipe, name)
         if not rescore:
             self._subject.look_for()  # now, so that a model that is not there is no surprise after hours
-        self._answers = Answers(recipe, self._subject, blocks, rescore)
+        self.answers, self._make = Answers(recipe, self._subject, blocks, rescore), make
+        self._missing: dict[Unit, str] = {}
         if rescore and not self.runs and not self._untouched():
             raise RunError(
                 f"--rescore: {name} has no predictions under {self._run_dir.root}; run python -m stage3_eval "
@@ -69,26 +79,53 @@ class ModelRun:
             )
 
     def evaluate(self) -> Evaluated:
-        """Generate what is missing and hand everything over. Raises UserError; what was generated is kept."""
+        """Generate what is missing and hand over what could be; a condition that fails is left out with its reason.
+
+        Raises UserError for what concerns all conditions; what was generated is kept.
+        """
         if not self.rescore:
             self._check_weights()
         try:
             headline, held_out = self._headline()
-            self._answers.make(self._jobs(headline))
+            while failures := self._make(self.answers, self._jobs(headline), ""):
+                self._leave_out(failures)
+                headline, held_out = self._headline()  # where a headline checkpoint is lost, another stands for its arm
         finally:
-            self._answers.close()
-        return Evaluated(self.name, tuple(self.runs), headline, held_out, self._answers.files)
+            self.answers.close()
+        files = {key: file for key, file in self.answers.files.items() if key[0] not in self._missing}
+        return Evaluated(self.name, tuple(self.runs), headline, held_out, files, self._missing)
+
+    def jobs_of(self, wanted: Sequence[tuple[str, str, bool]]) -> list[Job]:
+        """Jobs by the names of condition and block, and whether the curve's examples alone are wanted."""
+        checkpoints = [c for run in self.runs for c in run.checkpoints.values()]
+        conditions = {c.name: c for c in [*self._untouched(), *checkpoints]}
+        blocks = {block.name: block for block in [*self._blocks.scored, self._blocks.held_out]}
+        return [
+            Job(conditions[condition], blocks[block], blocks[block].curve if curve else blocks[block].examples)
+            for condition, block, curve in wanted
+        ]
+
+    def _leave_out(self, failures: Mapping[Unit, str]) -> None:
+        """Go on without these conditions; an arm of which nothing is left is no arm of this report."""
+        self._missing |= failures
+        kept = []
+        for run in self.runs:
+            checkpoints = {s: c for s, c in run.checkpoints.items() if c.name not in self._missing}
+            if checkpoints:
+                kept.append(replace(run, checkpoints=checkpoints))
+        self.runs = kept
 
     def complete(self) -> bool:
         """Whether every prediction is there already. Generates nothing."""
-        if any(self._answers.missing(job) for job in self._selection_jobs()):
+        if any(self.answers.missing(job) for job in self._selection_jobs()):
             return False
-        return not any(self._answers.missing(job) for job in self._jobs(self._headline()[0]))
+        return not any(self.answers.missing(job) for job in self._jobs(self._headline()[0]))
 
     def _untouched(self) -> list[Condition]:
         """What the model answers without an adapter; when rescoring, that of it which was kept."""
         wanted = baselines(self.recipe) if self.is_student else [Condition(ZERO_SHOT)]
         kept = predictions.kept_conditions(self._run_dir, self.name) if self.rescore else None
+        wanted = [condition for condition in wanted if condition.name not in self._missing]
         return [condition for condition in wanted if kept is None or condition.name in kept]
 
     def _selection_jobs(self) -> list[Job]:
@@ -100,14 +137,15 @@ class ModelRun:
 
     def _headline(self) -> tuple[dict[str, int], dict[str, dict[int, float]]]:
         """run -> the step of its headline answers, and what the choice was made on. Of equals the earliest wins."""
+        while failures := self._make(self.answers, self._selection_jobs(), "on held-out rows "):
+            self._leave_out(failures)
         jobs = self._selection_jobs()
         if not jobs:
             return {run.name: run.last for run in self.runs}, {}
-        self._answers.make(jobs, "on held-out rows ")
         found: dict[str, dict[int, float]] = {}
         for condition, block, _ in jobs:
             assert condition.run is not None and condition.step is not None
-            value = first_metric_mean(self.recipe, block, self._answers.of(condition, block), condition.name)
+            value = first_metric_mean(self.recipe, block, self.answers.of(condition, block), condition.name)
             found.setdefault(condition.run, {})[condition.step] = value
         return {run: max(sorted(steps), key=steps.__getitem__) for run, steps in found.items()}, found
 

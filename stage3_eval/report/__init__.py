@@ -39,6 +39,13 @@ def write_report(
     found = results(recipe, blocks, models, provenance(recipe, models, command))
     mixture = len(recipe.data.tasks) > 1
     texts = {TABLE: summary_of(found), DETAILS: tables_of(found)} if mixture else {TABLE: tables_of(found)}
+    found["missing"] = {f"{model.name}/{name}": why for model in models for name, why in model.missing.items()}
+    if found["missing"]:
+        lines = [f"- {name}: {why}" for name, why in found["missing"].items()]
+        texts = {
+            file: "\n".join([text, "**Missing, since it could not be generated:**", "", *lines, ""])
+            for file, text in texts.items()
+        }
     losses = {
         model.name: {run.name: read_losses(run_dir.arm(model.name, run.name).metrics) for run in recipe.arm_runs}
         for model in models

@@ -91,6 +91,18 @@ def test_a_unit_that_kills_every_worker_is_left_out():
     assert sum(units.count(2) for units in given.values()) == DEATHS and sorted(handout.done) == [0, 1, 3]
 
 
+def test_a_unit_that_has_seen_a_death_is_worked_at_alone():
+    """The one that was being written when a worker died of the next one shall not be lost with it again."""
+    handout = Handout(range(5))
+    assert [handout.next(0), handout.suspect(0), handout.next(0)] == [0, False, 1]
+    handout.lost(0, "killed", set(range(5)))
+    assert [handout.suspect(0), handout.next(0), handout.suspect(0)] == [False, 0, True]
+    handout.settle(0, Outcome(0, "done"))
+    assert [handout.suspect(0), handout.next(0), handout.suspect(0)] == [False, 1, True]
+    handout.settle(0, Outcome(1, "done"))
+    assert [handout.next(0), handout.suspect(0), handout.next(0)] == [2, False, 3]
+
+
 def test_a_worker_that_only_dies_is_not_started_for_ever():
     handout = Handout(range(50))
     given = work_off(handout, lambda worker, unit: None if worker == 1 else Outcome(unit, "done"), (0, 1))

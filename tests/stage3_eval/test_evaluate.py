@@ -369,8 +369,9 @@ def test_an_arm_trained_on_other_weights_is_refused(run, tmp_path):
 def test_a_damaged_adapter_is_not_scored(run):
     adapter = RunDir.of(run.recipe()).arm("toy", "sft").checkpoint(4) / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(RunError, match="it is not what was written"):
-        evaluated(run)
+    found = evaluated(run)
+    assert list(found.missing) == ["sft@4"] and "it is not what was written" in found.missing["sft@4"]
+    assert found.headline == {"sft": 2, "distill": 4} and ("sft@4", "test") not in found.files
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"step": 4}', '{"step": 3, "adapter_sha256": "ab"}'])
