@@ -10,11 +10,12 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast, gather_object
 from torch import Tensor
 
 from cache_schema.errors import CacheError
@@ -25,6 +26,7 @@ from stage2_student.arms import ArmPlan
 from stage2_student.checkpoint import MOMENTS
 from stage2_student.student import Student
 
+WAIT = timedelta(minutes=30)  # for one another; the main process reads a whole cache alone for its alignment.json
 # What stops an arm but not the run; anything else is a bug of ours and ends in a traceback.
 CONTAINED = (UserError, CacheError, OSError, RuntimeError)
 
@@ -47,7 +49,8 @@ class Group:
     @classmethod
     def join(cls, cpu: bool) -> "Group":
         """The group that torchrun or accelerate started this process in; waits for all of it. cpu: use no GPU."""
-        return cls(Accelerator(cpu=cpu))
+        patience = InitProcessGroupKwargs(timeout=WAIT)
+        return cls(Accelerator(cpu=cpu, kwargs_handlers=[patience]))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over all processes. Raises GroupBroken."""

@@ -9,15 +9,17 @@ A prompt that does not fit into the model's window together with eval.max_new_to
 task, where a setting is wrong. In a mixture it would stop everything for one long document, so there such an example
 is not asked: it is kept as too long, counts as wrong, and is counted in the tables. Every condition of a student reads
 the same prompts of a block (but the few_shot baseline, whose prompts are longer), so all of them miss the same ones.
+A prompt that the tokenizer or the chat template fails on is set aside likewise, in every recipe.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import RunError
+from pipeline.errors import RunError, UserError
 from pipeline.handout import Handout, Outcome, Unit, failed
 from pipeline.progress import progress
 from pipeline.recipe import Recipe
@@ -144,7 +146,8 @@ class Answers:
         kinds = [Condition("zero_shot"), *(c for c in baselines(self.recipe) if c.few_shot)]
         jobs = [Job(kind, block, block.examples) for kind in kinds for block in [*self._blocks.scored, *select]]
         needed = [self._tokens_needed(job, e) for job in jobs if asked(*job[:2]) for e in job.examples]
-        longest = max(tokens for tokens in needed if self.subject.window is None or tokens <= self.subject.window)
+        room = self.subject.window or math.inf
+        longest = int(max(tokens for tokens in needed if tokens <= room and tokens < math.inf))
         self._engine = self.subject.load(longest, sorted({c.adapter for c in conditions if c.adapter}))
 
     def forget(self, jobs: Sequence[Job]) -> None:
@@ -224,27 +227,32 @@ class Answers:
 
     def _set_aside(self, job: Job, examples: Sequence[Example]) -> list[Example]:
         """The examples whose prompts fit; of a mixture the others are kept as too long (see the module's text)."""
-        window = self.subject.window
+        window = self.subject.window or math.inf
         needed = {e.id: self._tokens_needed(job, e) for e in examples}
-        too_long = [e for e in examples if window is not None and needed[e.id] > window]
-        if not too_long:
-            return list(examples)
-        if len(self.recipe.data.tasks) == 1:
+        unreadable = [e for e in examples if math.isinf(needed[e.id])]
+        too_long = [e for e in examples if window < needed[e.id] < math.inf]
+        if too_long and len(self.recipe.data.tasks) == 1:
+            longest = max(needed[e.id] for e in too_long)
             raise RunError(
-                f"the longest prompt and eval.max_new_tokens are {max(needed.values())} tokens together, but the model "
+                f"the longest prompt and eval.max_new_tokens are {longest} tokens together, but the model "
                 f"reads {window} at most; lower eval.max_new_tokens, or teacher.shots for the few_shot baseline"
             )
+        aside = [
+            (too_long, f"leave no room for an answer in a window of {window} tokens"),
+            (unreadable, "are nothing that its tokenizer or chat template can read"),
+        ]
         written_by = self._file(job.condition, job.block).provenance or {"engine": self.subject.engine}
-        self._save(job, [Prediction.unanswered(e, self._digest(job, e)) for e in too_long], written_by)
-        print(
-            f"{self.subject.name}: {len(too_long)} of {len(examples)} prompts of {job.condition.name} on "
-            f"{job.block.name} leave no room for an answer in a window of {window} tokens; they count as wrong",
-            flush=True,
-        )
-        ids = {example.id for example in too_long}
+        for lost, why in aside:
+            if lost:
+                self._save(job, [Prediction.unanswered(e, self._digest(job, e)) for e in lost], written_by)
+                print(
+                    f"{self.subject.name}: {len(lost)} of {len(examples)} prompts of {job.condition.name} on "
+                    f"{job.block.name} {why}; they count as wrong",
+                    flush=True,
+                )
+        ids = {example.id for lost, _ in aside for example in lost}
         return [example for example in examples if example.id not in ids]
 
-    def _generate(self, job: Job, examples: list[Example], advance: Callable[[int, str], object]) -> None:
         """Generate in chunks of similar length, the longest first, saving every so often and at the end."""
         from pipeline.models import provenance
 
@@ -306,12 +314,17 @@ class Answers:
             self._labels[label] = self.subject.prompts.encode("", label).answer_ids
         return self._labels[label]
 
-    def _tokens_needed(self, job: Job, example: Example) -> int:
-        """Of the model's window, for a prompt and what may follow it; vLLM generates one token more after a label."""
+    def _tokens_needed(self, job: Job, example: Example) -> float:
+        """Of the model's window, for a prompt and what may follow it; vLLM generates one token more after a label.
+        Infinite where the prompt cannot be built."""
+        try:
+            prompt_ids = self._prompt_ids(job, example)
+        except (UserError, MemoryError):
+            raise
+        except Exception:  # whatever a tokenizer or a chat template raises at one text
+            return math.inf
         labels = [len(self._label_ids(label)) + 1 for label in example.labels]
-        return self.subject.tokens_needed(
-            len(self._prompt_ids(job, example)), max([self.recipe.eval.max_new_tokens, *labels])
-        )
+        return self.subject.tokens_needed(len(prompt_ids), max([self.recipe.eval.max_new_tokens, *labels]))
 
 
 def _check_adapter(condition: Condition) -> None:

@@ -1,6 +1,7 @@
 """Rows that no sane data set has: each is quarantined with its reason and harms no other."""
 
 import json
+import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from stage1_teacher.__main__ import main as stage1
 from stage1_teacher.capture import Capture
 from stage1_teacher.teacher import CausalTeacher
 from stage2_student.__main__ import main as stage2
+from stage3_eval.__main__ import main as stage3
 
 WINDOW = 512
 TEMPLATE = toys.CHAT_TEMPLATE.replace(
@@ -306,3 +308,23 @@ def test_a_gatherer_of_rows_passes_over_what_it_cannot_read(models: Path, tmp_pa
         ("unreadable_row", 0),
         ("not_json", 0),
     ]
+
+
+def test_all_three_stages_go_on_past_poison(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A test row that is no JSON is not scored; one that the template refuses counts as wrong. Both are said."""
+    lines = [*good(6), POISONS["template"].line, POISONS["surrogate"].line, POISONS["nan"].line]
+    short = {"arms": {"distill": None}, "train": {"steps": 1}}
+    recipe = recipe_with(models, tmp_path, lines, **short)
+    path = tmp_path / "data" / "gsm8k" / "test.jsonl"
+    path.write_bytes(path.read_bytes() + POISONS["template"].line + b"\n" + POISONS["cut off"].line + b"\n")
+    for stage in (stage1, stage2, stage3):
+        assert stage(["--recipe", recipe]) == 0
+    said = capsys.readouterr()
+    assert "task gsm8k, split test: 1 of 6 rows cannot be used and are not scored" in said.err
+    refused = (
+        r"toy: 1 of 5 prompts of (zero_shot|sft@1) on test are nothing that its tokenizer or chat template can read"
+    )
+    assert set(re.findall(refused, said.out)) == {"zero_shot", "sft@1"}
+    results = json.loads((tmp_path / "run" / "report" / "results.json").read_text())
+    rows = results["students"]["toy"]["blocks"]["test"]["gsm8k"]["strict"]["rows"]
+    assert {name: row["n"] for name, row in rows.items()} == {"zero_shot": 5, "sft": 5}

@@ -186,3 +186,28 @@ def test_what_does_not_fit_the_window_is_dropped_and_counted(tmp_path: Path) -> 
     assert usable_rows(reader, prompts, None).dropped == 0
     with pytest.raises(DataError, match=f"reads 5 tokens: the shortest of {len(reader)} examples has {min(lengths)}"):
         usable_rows(reader, prompts, 5)
+
+
+def test_what_a_student_cannot_read_is_dropped_and_counted(tmp_path: Path) -> None:
+    """Its tokenizer has a token that its output has no row for, or its chat template refuses a text."""
+    reader = opened(tmp_path)
+    rows = reader.read(range(len(reader)))
+    tokenizer = toys.tiny_tokenizer(tmp_path / "more", chat=True)
+    name = rows[0].prompt.split()[0]  # of some examples, not of all
+    named = [i for i, row in enumerate(rows) if name in row.prompt + row.answer]
+    assert 0 < len(named) < len(rows)
+    tokenizer.add_tokens([name])
+    vocab_size = tokenizer.convert_tokens_to_ids(name)
+    usable = usable_rows(reader, PromptBuilder(tokenizer), None, vocab_size=vocab_size)
+    assert (usable.rows, usable.unreadable) == ([i for i in range(len(rows)) if i not in named], len(named))
+    assert usable_rows(reader, PromptBuilder(tokenizer), None, vocab_size=vocab_size + 1).dropped == 0  # the control
+    refuses = f"{{{{ raise_exception('no') if '{name}' in messages[0].content else '' }}}}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    refused = [i for i, row in enumerate(rows) if name in row.prompt]
+    usable = usable_rows(reader, PromptBuilder(tokenizer), None)
+    assert (usable.rows, usable.unreadable) == ([i for i in range(len(rows)) if i not in refused], len(refused))
+    tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content not in ('.', 'quokka', '0', 'a') }}" + (
+        toys.CHAT_TEMPLATE
+    )
+    with pytest.raises(DataError, match=f"it can read none of the {len(rows)} examples at all"):
+        usable_rows(reader, PromptBuilder(tokenizer), None)
