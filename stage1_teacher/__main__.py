@@ -98,9 +98,9 @@ def _alone(experiment: "Experiment") -> None:
 
     if experiment.recipe.runtime.executor != "local" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
-            f"cache.dir {experiment.cache_dir}: the store has no conditional writes, so of two processes that commit the "
-            "same shard neither would know;\n  next: run one process (no torchrun, --executor local), or use s3://, "
-            "gs://, az:// or a folder"
+            f"cache.dir {experiment.cache_dir}: the store has no conditional writes, so of two processes that commit "
+            "the same shard neither would know;\n"
+            "  next: run one process (no torchrun, --executor local), or use s3://, gs://, az:// or a folder"
         )
     print(f"cache {experiment.cache_dir}: the store has no conditional writes; let no other process write to it")
 

@@ -10,8 +10,11 @@ import pytest
 
 
 @pytest.fixture
-def tried(record_property: Callable[[str, object], None]) -> Callable[[int, str], None]:
+def tried(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[[int, str], None]:
     """`tried(count, what)`: count of `what` were tried, and none was lost; call it once all of them have held."""
+    promise = request.node.get_closest_marker("promise")
+    assert promise is not None, "a test that counts what it tried says which promise it proves"
+    record_property("promise", promise.args[0])
 
     def tried(count: int, what: str) -> None:
         assert count > 0, f"no {what} tried"

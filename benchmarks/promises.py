@@ -1,0 +1,155 @@
+"""What of the cache's promises was tried, how often, and what was lost: runs their tests and counts.
+
+    python benchmarks/promises.py [--quick] [--table]
+
+The tests are those marked `promise`, the slow ones too unless --quick. Each says what it tried and how often, and fails
+if anything is lost. Writes benchmarks/results/promises.json and the README's table, between its two markers; --table
+makes the table again from the file.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, commit, machine
+
+ROOT = Path(__file__).parent.parent
+README, RESULT = ROOT / "README.md", RESULTS / "promises.json"
+BEGIN, END = "<!-- promises: begin -->", "<!-- promises: end -->"
+PROMISES = (
+    "A crash at any system call leaves the old or the new state, never a third",
+    "A crashed and resumed cache or student equals an uninterrupted one, byte for byte",
+    "A torn or altered file is never read as data; the shard is named, repair sets aside only it, stage 1 redoes only it",
+    "No space, no permission, read-only: an error in bounded time, nothing half published",
+    "Two writers on one cache: each shard has one winner, the loser goes on or leaves clean",
+    "A stale teacher, tokenizer, template, shot, K, temperature, data row: refused, with the field named",
+    "Resume on another number of processes trains on the same global batches",
+    "Poisoned examples are quarantined with a reason; written + quarantined = input",
+    "A cache from a stranger cannot run code, read outside its folder or exhaust memory",
+    "An adapter or model folder from a stranger cannot run code",
+    "Generated code cannot write outside its folder, reach the network, outlive its limit or forge a pass",
+    "A worker that dies on another machine loses its shard in work only",
+)
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Run the tests; promise -> what was tried how often, which files prove it, what failed or was skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        which = "promise and not slow" if quick else "promise"
+        command = [sys.executable, "-m", "pytest", "-m", which, "-n", "2", f"--junitxml={report}"]
+        started = time.monotonic()
+        subprocess.run(command, cwd=ROOT, check=False)
+        seconds = time.monotonic() - started
+        if not report.is_file():
+            sys.exit("the tests could not be run; see above")
+        found = {promise: _Found() for promise in PROMISES}
+        for case in ET.parse(report).iter("testcase"):  # noqa: S314
+            _add(found, case)
+    missing = [promise for promise, proof in found.items() if not proof.tests]
+    if missing:
+        sys.exit(f"no test proves: {'; '.join(missing)}")
+    return {
+        "machine": machine(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "quick": quick,
+        "seconds": round(seconds),
+        "promises": {promise: proof.as_json() for promise, proof in found.items()},
+    }
+
+
+class _Found:
+    """Of one promise."""
+
+    def __init__(self) -> None:
+        self.tried: Counter[str] = Counter()
+        self.files: set[str] = set()
+        self.lost: list[str] = []
+        self.skipped: list[str] = []
+        self.tests = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "tried": dict(self.tried),
+            "lost": self.lost,
+            "skipped": self.skipped,
+            "tests": self.tests,
+            "files": sorted(self.files),
+        }
+
+
+def _add(found: dict[str, _Found], case: ET.Element) -> None:
+    """One test's count. A test that failed before it said what it proves is a failure of every promise."""
+    name = f"{case.get('classname', '')}::{case.get('name', '')}"
+    properties = [(item.get("name"), item.get("value", "")) for item in case.iter("property")]
+    sentences = [value for key, value in properties if key == "promise"]
+    failed = case.find("failure") is not None or case.find("error") is not None
+    if unknown := set(sentences) - found.keys():
+        sys.exit(f"{name} proves a promise that is not listed: {unknown.pop()}")
+    for sentence in sentences or (found if failed else []):
+        proof = found[sentence]
+        proof.tests += bool(sentences)
+        proof.files.add(case.get("classname", "").replace(".", "/") + ".py")
+        if failed:
+            proof.lost.append(name)
+        if (skipped := case.find("skipped")) is not None:
+            proof.skipped.append(f"{name}: {skipped.get('message', '')}")
+        for key, value in properties:
+            if key == "tried":
+                count, what = re.fullmatch(r"(\d+) (.*)", value, re.DOTALL).groups()  # type: ignore[union-attr]
+                proof.tried[what] += int(count)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = ["| promise | tried | lost | proof |", "| --- | --- | ---: | --- |"]
+    for promise, proof in result["promises"].items():
+        tried = ", ".join(f"{count:,} {what}" for what, count in proof["tried"].items())
+        skipped = f" ({len(proof['skipped'])} tests skipped here)" if proof["skipped"] else ""
+        lost = f"**{len(proof['lost'])}**" if proof["lost"] else "0"
+        places = ", ".join(f"`{_short(place)}`" for place in proof["files"])
+        lines.append(f"| {promise} | {tried}{skipped} | {lost} | {places} |")
+    where = f"{result['machine']['cores']} cores of {result['machine']['cpu']}, {result['machine']['gpu'] or 'no GPU'}"
+    which = "the quick tests" if result["quick"] else "all tests"
+    return "\n".join([*lines, "", f"{which} in {result['seconds']} s on {where}; commit {result['commit']}."])
+
+
+def _short(place: str) -> str:
+    return place.removeprefix("tests/")
+
+
+def write_table() -> None:
+    """Replace what stands between the README's markers."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, there, after = rest.partition(END)
+    if not there:
+        sys.exit(f"{README}: expected the lines {BEGIN} and {END}; put them where the table belongs")
+    made = table(json.loads(RESULT.read_text(encoding="utf-8")))
+    README.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    """Run, count, write; not zero where something was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="without the tests marked slow")
+    parser.add_argument("--table", action="store_true", help="only write the README's table")
+    args = parser.parse_args()
+    if not args.table:
+        RESULT.write_text(json.dumps(run(args.quick), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_table()
+    print(table(json.loads(RESULT.read_text(encoding="utf-8"))))
+    return 1 if any(proof["lost"] for proof in json.loads(RESULT.read_text())["promises"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
