@@ -253,6 +253,7 @@ class Answers:
         ids = {example.id for lost, _ in aside for example in lost}
         return [example for example in examples if example.id not in ids]
 
+    def _generate(self, job: Job, examples: list[Example], advance: Callable[[int, str], object]) -> None:
         """Generate in chunks of similar length, the longest first, saving every so often and at the end."""
         from pipeline.models import provenance
 
