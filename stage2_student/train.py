@@ -88,6 +88,7 @@ def train(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan], group: G
                 raise
             except CONTAINED as error:
                 fails([arm], error)
+        del student  # before the next one is loaded
     return failed
 
 
