@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import add_executor_argument, add_recipe_arguments, guarded, recipe_arguments, recipe_of
+from pipeline.cli import (
+    EXIT_INCOMPLETE,
+    add_executor_argument,
+    add_recipe_arguments,
+    guarded,
+    recipe_arguments,
+    recipe_of,
+)
 from pipeline.errors import RecipeError, RunError, unknown_name
 
 if TYPE_CHECKING:
@@ -53,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     recipe = recipe_of(args)
     run_dir = RunDir.of(recipe)
     _remember(recipe, run_dir.recipe)
-    started = time.monotonic()
+    started, incomplete = time.monotonic(), False
     for number, stage in enumerate(STAGES, 1):
         command = stage_command(stage, recipe, recipe_arguments(args))
         print(f"\n=== stage {number} of 3: {shlex.join(['python', *command[1:]])}", flush=True)
@@ -62,13 +69,16 @@ def _run(args: argparse.Namespace) -> int:
             code = subprocess.run(command, check=False).returncode
         except FileNotFoundError:
             raise RunError(f"runtime.python.{stage}: there is no interpreter {command[0]}") from None
-        if code:
+        incomplete |= code == EXIT_INCOMPLETE
+        if code and not (stage == "stage2_student" and code == EXIT_INCOMPLETE):  # the arms that are trained are scored
             resume = shlex.join(["python", "-m", "pipeline", "run", *recipe_arguments(args)])
             print(f"\nstage {number} stopped with exit code {code}; to resume: {resume}", file=sys.stderr)
             return code
         print(f"=== stage {number} took {time.monotonic() - before:.0f} s", flush=True)
     print(f"\nall three stages took {time.monotonic() - started:.0f} s; run folder: {run_dir.root}")
-    return 0
+    if incomplete:
+        print("something is missing, see above; the same command tries it again", file=sys.stderr)
+    return EXIT_INCOMPLETE if incomplete else 0
 
 
 def _remember(recipe: "Recipe", path: Path) -> None:

@@ -129,10 +129,8 @@ class Cluster:
             if slot.call is not None or slot.number in handout.given_up:
                 continue
             if slot.actor is None:
-                make = self._ray.remote(**self._options, max_restarts=0, concurrency_groups={"progress": 1})(
-                    self._worker
-                )
-                slot.actor = make.options(scheduling_strategy="SPREAD").remote(*self._arguments)
+                settings = {"max_restarts": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
+                slot.actor = self._ray.remote(**self._options, **settings)(self._worker).remote(*self._arguments)
                 slot.doing, slot.call = "start", slot.actor.start.remote()
             elif not handout.suspect(slot.number) and (unit := handout.next(slot.number)) is not None:
                 slot.doing, slot.call = "work", slot.actor.work.remote(unit, unit in handout.ours, extra(unit))
@@ -174,7 +172,7 @@ class Cluster:
             if slot.doing != "work" or slot.actor is None:
                 continue
             if slot.poll is None:
-                slot.poll = slot.actor.progress.options(concurrency_group="progress").remote()
+                slot.poll = slot.actor.progress.remote()
             elif self._ray.wait([slot.poll], timeout=0)[0]:
                 poll, slot.poll = slot.poll, None
                 try:
@@ -213,8 +211,9 @@ def connect(executor: str) -> tuple[Any, bool]:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = executor if executor != "ray" else os.environ.get("RAY_ADDRESS", "this machine")
         raise RunError(
-            f"runtime.executor is {executor}: no connection to the Ray cluster at {where}: {first_line(error)}; see "
-            "that it runs (`ray status` there) and has this release of Ray, or work in this process: --executor local"
+            f"runtime.executor is {executor}: no connection to the Ray cluster at {where}: "
+            f"{' '.join(str(error).split())[:300]}; see that it runs (`ray status` there) and has this release of Ray, or "
+            "work in this process: --executor local"
         ) from None
     return ray, True
 

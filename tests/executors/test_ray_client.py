@@ -1,0 +1,86 @@
+"""`--executor ray://HOST:PORT`: a driver that is no part of the cluster. A head of its own is started for it here."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toys
+
+ray = pytest.importorskip("ray")
+ROOT = Path(__file__).parent.parent.parent
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # of the head and the driver alike
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Where the client server of a cluster of two processors listens."""
+    port, gcs = free_port(), free_port()
+    where = Path("/tmp") / f"r{os.getpid()}"  # Ray's sockets need a short path
+    start = ["start", "--head", "--block", f"--port={gcs}", f"--ray-client-server-port={port}", "--num-cpus=2"]
+    quiet = ["--object-store-memory=80000000", "--include-dashboard=false", "--disable-usage-stats"]
+    program = [sys.executable, "-m", "ray.scripts.scripts", *start, *quiet, f"--temp-dir={where}"]
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(program, cwd=ROOT, env=ENV, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 90
+    host = None
+    while host is None and time.monotonic() < deadline and head.poll() is None:
+        found = re.search(r"Local node IP: (\S+)", (tmp_path / "head.log").read_text())
+        host = found and found[1]
+        time.sleep(0.2)
+    assert host, (tmp_path / "head.log").read_text()
+    yield f"ray://{re.sub(chr(27) + r'.[0-9;]*m', '', host)}:{port}"
+    head.terminate()
+    head.wait(60)
+
+
+@pytest.mark.slow
+def test_a_client_of_a_cluster_makes_the_local_executors_cache_and_table(address, tmp_path):
+    recipe = toys.tiny_recipe(tmp_path, cache={"shard_examples": 4})
+
+    def call(stage, *extra):
+        done = subprocess.run(
+            [sys.executable, "-m", stage, "--recipe", str(recipe), *extra],
+            cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    on_cluster = ["--executor", address, "--set", "runtime.workers=2"]
+    there = ["--set", f"cache.dir={tmp_path / 'there'}", "--set", f"run_dir={tmp_path / 'run-there'}"]
+    assert "2 workers on a Ray cluster of 1 machines" in call("stage1_teacher", *there, *on_cluster)
+    call("stage1_teacher")
+    names = [sorted(p.name for p in (tmp_path / d / "shards").glob("*.parquet")) for d in ("cache", "there")]
+    assert names[0] == names[1] and len(names[0]) == 6
+    assert "2 workers on a Ray cluster of 1 machines" in call("stage3_eval", *there, *on_cluster)
+    call("stage3_eval")
+    tables = [(tmp_path / d / "report" / "table.md").read_text() for d in ("run", "run-there")]
+    assert tables[0] == tables[1]
+
+
+def test_a_cluster_that_is_not_there_is_said(monkeypatch):
+    from pipeline.cluster import connect
+    from pipeline.errors import RunError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        ray, "init", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("connection timeout"))
+    )
+    with pytest.raises(RunError, match=r"no connection to the Ray cluster at ray://nowhere:1: connection timeout; see"):
+        connect("ray://nowhere:1")
