@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError, first_line
+from pipeline.model_folder import check_model
 from pipeline.recipe import Recipe
 
 EMBEDDED_DIR = Path(__file__).parent / "pocket" / "weights"
@@ -61,9 +62,9 @@ def locate(model: str, revision: str | None = None) -> ModelSource:
         return ModelSource(str(folder), None)
     path = Path(model).expanduser()
     if path.exists():
-        if not (path / "config.json").is_file():
-            found = "a folder without config.json" if path.is_dir() else "a file"
-            raise ModelError(f"model {model}: expected a folder written by save_pretrained, found {found}")
+        if not path.is_dir():
+            raise ModelError(f"model {model}: expected a folder written by save_pretrained, found a file")
+        check_model(path)
         return ModelSource(str(path), None)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(f"model {model}: no such folder, and not a Hub name (owner/name)")
@@ -109,7 +110,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers makes of a file that anyone may have written
         raise ModelError(f"model {source.location}: its tokenizer cannot be loaded: {first_line(error)}") from None
 
 
@@ -148,7 +149,7 @@ def load_config(source: ModelSource) -> Any:
 
     try:
         return AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         raise ModelError(f"model {source.location}: its config.json cannot be read: {first_line(error)}") from None
 
 
@@ -218,7 +219,7 @@ def _load(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         raise ModelError(f"model {source.location}: it cannot be loaded as {what}: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)

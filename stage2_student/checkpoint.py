@@ -80,6 +80,7 @@ def load(
     """
     import torch
     from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -96,7 +97,7 @@ def load(
             optimizer.state[parameter] = {"step": torch.tensor(float(step))}
             for moment in MOMENTS:
                 optimizer.state[parameter][moment] = moments[f"{name}.{moment}"].to(parameter.device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"checkpoint {folder} cannot be used: {error or type(error).__name__}\n"
             f"  next: remove it (rm -r {folder}) and run the same command: it goes on from the checkpoint before"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError
+from pipeline.model_folder import check_adapter
 from stage3_eval.generate import ADAPTER_FILE, Generated
 from stage3_eval.generate.batching import Batches, summed_logprobs
 
@@ -103,6 +104,7 @@ class HFEngine:
 
         if not (adapter / ADAPTER_FILE).is_file():
             raise RunError(f"checkpoint {adapter}: expected a LoRA adapter, found no {ADAPTER_FILE}; train it again")
+        check_adapter(adapter)
         self._count += 1
         name = f"adapter{self._count}"
         try:
@@ -112,7 +114,7 @@ class HFEngine:
                     self._peft = PeftModel.from_pretrained(self._base, str(adapter), adapter_name=name).eval()
                 else:
                     self._peft.load_adapter(str(adapter), adapter_name=name)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # whatever peft makes of a file that anyone may have written
             raise RunError(f"checkpoint {adapter}: its adapter does not fit the student's model: {error}") from None
         self._peft.set_adapter(name)
         self._peft.requires_grad_(False)

@@ -4,12 +4,12 @@ Prompts go in as token ids and answers come out as token ids, so the prompt buil
 Runs in an environment that has vLLM: see stage3_eval/VLLM.md.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError
+from pipeline.model_folder import check_adapter
 from pipeline.vllm import import_vllm
 from stage3_eval.generate import ADAPTER_FILE, Generated
 
@@ -131,12 +131,8 @@ def _targets(adapter: Path) -> list[str]:
     by peft's full names it would leave them out, without a word.
     """
     _check_folder(adapter)
-    path = adapter / "adapter_config.json"
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["target_modules"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: cannot be read: {error}; remove the checkpoint and train again") from None
-    return [str(name).rpartition(".")[2] for name in names] if isinstance(names, list) else []
+    names = check_adapter(adapter)["target_modules"]
+    return [name.rpartition(".")[2] for name in names] if isinstance(names, list) else []
 
 
 def _answer(completion: Any, end_id: int) -> Generated:
