@@ -119,7 +119,7 @@ class Cluster:
                 handout.offer_again(missing())
                 looked = now
             self._poll()
-            show(sum(size(unit) for unit in handout.done) + self._in_progress(handout))
+            show(handout.size_done(size) + self._in_progress(handout))
         if not handout.done and len(handout.given_up) == len(self._slots) and not handout.failures:
             raise RunError(f"none of {len(self._slots)} workers could start; worker 0: {handout.given_up[0]}")
 
@@ -212,8 +212,8 @@ def connect(executor: str) -> tuple[Any, bool]:
         where = executor if executor != "ray" else os.environ.get("RAY_ADDRESS", "this machine")
         raise RunError(
             f"runtime.executor is {executor}: no connection to the Ray cluster at {where}: "
-            f"{' '.join(str(error).split())[:300]}; see that it runs (`ray status` there) and has this release of Ray, or "
-            "work in this process: --executor local"
+            f"{' '.join(str(error).split())[:300]}; see that it runs (`ray status` there) and has this release of Ray, "
+            "or work in this process: --executor local"
         ) from None
     return ray, True
 

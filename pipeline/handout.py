@@ -53,6 +53,7 @@ class Handout:
         self._deaths: Counter[Unit] = Counter()
         self._deaths_in_a_row: Counter[int] = Counter()
         self.done: list[Unit] = []
+        self._summed = 0, 0  # how many of these are in the sum of their sizes, and the sum
         self.ours: set[Unit] = set()
         self.given_up: dict[int, str] = {}
 
@@ -76,7 +77,8 @@ class Handout:
         """Whether to have this worker finish what it has before it gets more: a unit that it has, or the next one, has
         seen a worker die, and no other unit shall be lost with it again."""
         mine = self.of(worker)
-        return bool(mine) and any(self._deaths[unit] for unit in [*mine, *list(self._waiting)[:1]])
+        following = [self._waiting[0]] if self._waiting else []
+        return bool(mine) and any(self._deaths[unit] for unit in [*mine, *following])
 
     @property
     def waiting(self) -> list[Unit]:
@@ -104,6 +106,13 @@ class Handout:
         self.done += [unit for unit in self._taken if unit not in missing]
         self._waiting += [unit for unit in self._taken if unit in missing]
         self._taken = []
+
+    def size_done(self, size: Callable[[Unit], int]) -> int:
+        """The sum of the sizes of what is done; each is added once, since it is asked for after every batch."""
+        count, total = self._summed
+        total += sum(map(size, self.done[count:]))
+        self._summed = len(self.done), total
+        return total
 
     # -- what became of it
 

@@ -118,7 +118,7 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
     manifest = worker.writer.manifest
 
     def report() -> None:
-        done = sum(len(manifest.examples_of(int(shard))) for shard in handout.done)
+        done = handout.size_done(lambda shard: len(manifest.examples_of(int(shard))))
         show(done + sum(worker.captured.values()))
 
     waiting, taken = False, 0

@@ -121,6 +121,20 @@ def test_what_others_have_claimed_is_offered_again_until_they_have_done_it():
     assert handout.waiting == [2] and handout.done == [1, 0]
 
 
+def test_sizes_of_what_is_done_are_summed_once():
+    handout, asked = Handout(range(4)), []
+
+    def size(unit):
+        asked.append(unit)
+        return 10 * unit
+
+    sums = []
+    for _ in range(4):
+        handout.settle(0, Outcome(handout.next(0), "done"))
+        sums += [handout.size_done(size), handout.size_done(size)]
+    assert sums == [0, 0, 10, 10, 30, 30, 60, 60] and asked == [0, 1, 2, 3]
+
+
 def test_a_reason_names_class_place_and_notes():
     try:
         error = RuntimeError("cannot do 17 of 3")

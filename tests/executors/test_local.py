@@ -1,6 +1,7 @@
 """A shard that fails in this process: recorded, told with its reason and the command, and the others go on."""
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -175,3 +176,17 @@ def test_shards_of_others_are_waited_for_and_taken_over(clean, arguments, tmp_pa
     assert "waiting for 1 shards that other processes have claimed" in capsys.readouterr().out
     assert len(seen) == 10 and not any(name.startswith("00006") for name in seen)
     assert data_files(tmp_path / "cache") == data_files(clean / "cache")
+
+
+def test_the_claim_of_a_worker_known_to_be_dead_is_passed_over(arguments, tmp_path):
+    """On another machine nobody can tell, so its claim would stand for a quarter of an hour; the driver can."""
+    experiment = Experiment(load_recipe(arguments[1], [arguments[3]]))
+    writer = CacheWriter.open(experiment.cache_dir, *planned(experiment, ["stage1_teacher"]))
+    assert writer.claim(0)
+    (claim,) = (tmp_path / "cache" / "claims").iterdir()
+    claim.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    worker = executor.worker_of(experiment, CacheWriter.open(experiment.cache_dir, *planned(experiment, [])), [0])
+    assert [outcome[:2] for outcome in worker.work(0)] == [(0, "taken")]
+    assert worker.work(0, ours=True) == [] and [outcome[:2] for outcome in worker.finish()] == [(0, "done")]
+    worker.close()
+    assert [name[:5] for name in data_files(tmp_path / "cache")] == ["00000"]
