@@ -96,9 +96,11 @@ def training_set(recipe: Recipe) -> TrainingSet:
     by_task = {name: [e for e in _usable(examples) if e.task == name and e.answer.strip()] for name in tasks}
     for name, members in by_task.items():
         if len(members) <= teacher.shots:
+            drawn = sum(example.task == name for example in examples)
+            bad = f" that can be used, of {drawn}" if drawn > len(members) else ""
             raise DataError(
-                f"task {name}: {len(members)} training rows, but {teacher.shots} are needed as worked examples and one "
-                "at least to train on; give more rows (data.train_limit, data.tasks) or fewer teacher.shots"
+                f"task {name}: {len(members)} training rows{bad}, but {teacher.shots} are needed as worked examples "
+                "and one at least to train on; give more rows (data.train_limit, data.tasks) or fewer teacher.shots"
             )
     if teacher.shot_policy == "shared":
         draw = random.Random(teacher.shot_seed)

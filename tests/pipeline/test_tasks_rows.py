@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -139,9 +140,13 @@ def test_what_the_hub_cannot_give_has_a_way_out(tmp_path, hub, files, words):
 
 def test_rows_of_a_folder_are_refused_by_name(tmp_path):
     folder = tmp_path / "rows"
-    toys.write_jsonl(folder / "cosmos_qa" / "train.jsonl", [COSMOS | {"label": 1}, COSMOS | {"label": -1}])
-    with pytest.raises(DataError, match=r"train\.jsonl, row 1: task cosmos_qa cannot read it: .*label -1.*withheld"):
+    withheld = r"task cosmos_qa cannot read it: .*label -1.*withheld"
+    toys.write_jsonl(folder / "cosmos_qa" / "train.jsonl", [COSMOS | {"label": -1}, COSMOS | {"label": -1}])
+    with pytest.raises(DataError, match=rf"train\.jsonl, row 0: {withheld}"):
         training_set(recipe(tmp_path, "cosmos_qa", dir=str(folder)))
+    toys.write_jsonl(folder / "cosmos_qa" / "train.jsonl", [COSMOS | {"label": 1}, COSMOS | {"label": -1}])
+    _, bad = training_set(recipe(tmp_path, "cosmos_qa", dir=str(folder))).cached  # one of several: for the ledger
+    assert bad.unusable == "unreadable_row" and re.search(withheld, bad.extra["what"])
     toys.write_jsonl(folder / "common_gen" / "train.jsonl", [{"concepts": ["a"]}])
     with pytest.raises(DataError, match="common_gen cannot gather its rows: KeyError 'concept_set_idx'"):
         training_set(recipe(tmp_path, "common_gen", dir=str(folder)))
