@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import crashes
 import pytest
+from forks import ForkServer
 
 STAGES = """
 import importlib, sys
@@ -19,14 +20,14 @@ def run(stage, *arguments):  # what `python -m stage --recipe ...` does
 
 
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[crashes.ForkServer]:
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """`stages.start("stage1_teacher", "--recipe", path)` forks a run of it."""
-    with crashes.ForkServer(STAGES, tmp_path_factory.mktemp("stages")) as server:
+    with ForkServer(STAGES, tmp_path_factory.mktemp("stages")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def writers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[crashes.ForkServer]:
+def writers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """`writers.start(folder)` forks a process that fills and seals a toy cache."""
-    with crashes.ForkServer(crashes.WRITER, tmp_path_factory.mktemp("writers")) as server:
+    with ForkServer(crashes.WRITER, tmp_path_factory.mktemp("writers")) as server:
         yield server

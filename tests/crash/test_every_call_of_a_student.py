@@ -13,7 +13,8 @@ from pathlib import Path
 import crashes
 import pytest
 import toys
-from crashes import Point, inject, run_content, trace
+from crashes import run_content
+from syscalls import Point, inject, needs_strace, trace
 
 from pipeline.recipe import load_recipe
 from stage2_student.checkpoint import complete_steps
@@ -22,8 +23,8 @@ CRASH = "A crash at any system call leaves the old or the new state, never a thi
 REFUSED = "No space, no permission, read-only: an error in bounded time, nothing half published"
 TWO_STEPS = {"steps": 2, "save_every": 1}
 EACH = [
-    pytest.param(15, id="every 15th"),
-    pytest.param(1, id="all", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    pytest.param(20, id="every 20th"),
+    pytest.param(1, id="all", marks=crashes.LONG),
 ]
 
 
@@ -37,7 +38,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clean(stages, recipe, tmp_path_factory):
     """An undisturbed run, and the calls that made it."""
-    crashes.needs_strace()
+    needs_strace()
     run = tmp_path_factory.mktemp("clean") / "run"
     points = trace(stages, student(recipe, run), run, ignore="tensorboard")
     assert {"openat", "write", "fsync", "rename", "mkdir"} <= {point.call for point in points}

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import crashes
 import pytest
-from crashes import ForkServer, Point, cache_sound, inject, trace
+from crashes import cache_sound
+from forks import ForkServer
+from syscalls import NotHit, Point, inject, inject_once, needs_strace, trace
 
 from cache_schema.verify import verify
 
@@ -23,7 +25,7 @@ REFUSED = "No space, no permission, read-only: an error in bounded time, nothing
 @pytest.fixture(scope="module")
 def clean(writers, tmp_path_factory):
     """An undisturbed cache, and the calls that made it."""
-    crashes.needs_strace()
+    needs_strace()
     folder = tmp_path_factory.mktemp("clean") / "cache"
     points = trace(writers, [folder], folder)
     assert {"openat", "write", "fsync", "rename", "link", "unlink", "mkdir"} <= {point.call for point in points}
@@ -58,7 +60,7 @@ def test_killed_at_every_call(writers, clean, tmp_path, tried):
 
 def test_control_a_record_written_in_place_is_caught(writers, tmp_path):
     """The same kills find the third state of a writer that gives a file its name before its content."""
-    crashes.needs_strace()
+    needs_strace()
     points = trace(writers, [tmp_path / "clean", "careless"], tmp_path / "clean")
     half = [point for point in points if point.call == "write" and point.line == "/shards/00001.json"]
     assert half, points
@@ -69,9 +71,7 @@ def test_control_a_record_written_in_place_is_caught(writers, tmp_path):
 
 
 @pytest.mark.promise(EQUAL)
-@pytest.mark.parametrize(
-    "runs", [pytest.param(10, id="10 runs"), pytest.param(200, id="200 runs", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("runs", [pytest.param(10, id="10 runs"), pytest.param(200, id="200 runs", marks=crashes.LONG)])
 def test_killed_again_and_again(writers, clean, tmp_path, tried, runs):
     """Every resumed run is killed too, at a call drawn anew, until one gets through."""
     expected, points = clean
@@ -95,8 +95,8 @@ def test_killed_again_and_again(writers, clean, tmp_path, tried, runs):
 def killed_if_it_gets_there(writers: ForkServer, cache: Path, point: Point) -> int:
     """A resumed run makes fewer calls: it may end before the one that was drawn."""
     try:
-        return crashes.inject_once(writers, [cache], cache, point, "signal=SIGKILL").code
-    except crashes.NotHit as other:
+        return inject_once(writers, [cache], cache, point, "signal=SIGKILL").code
+    except NotHit as other:
         return other.outcome.code
 
 
@@ -105,8 +105,8 @@ def killed_if_it_gets_there(writers: ForkServer, cache: Path, point: Point) -> i
 @pytest.mark.parametrize(
     ("errors", "stride"),
     [
-        pytest.param(["ENOSPC"], 3, id="no space, every 3rd"),
-        pytest.param(["ENOSPC", "EIO", "EACCES", "EROFS", "EDQUOT"], 1, id="all", marks=pytest.mark.slow),
+        pytest.param(["ENOSPC"], 5, id="no space, every 5th"),
+        pytest.param(["ENOSPC", "EIO", "EACCES", "EROFS", "EDQUOT"], 1, id="all", marks=crashes.LONG),
     ],
 )
 def test_refused_at_every_call(writers, clean, tmp_path, tried, errors, stride, lasting):

@@ -15,7 +15,9 @@ from pathlib import Path
 import crashes
 import pytest
 import toys
-from crashes import Outcome, SmallDisk, cache_content, cache_sound, inject_in_threads, run_content
+from crashes import SmallDisk, cache_content, cache_sound, run_content
+from forks import Outcome
+from syscalls import inject_in_threads, needs_strace
 
 from cache_schema.verify import verify
 from stage3_eval import predictions
@@ -46,7 +48,7 @@ def temporaries(folder: Path) -> list[Path]:
         pytest.param(
             [f"size={kib}k" for kib in range(4, 80, 4)] + [f"nr_inodes={n}" for n in range(2, 20)],
             id="every size",
-            marks=pytest.mark.slow,
+            marks=crashes.LONG,
         ),
     ],
 )
@@ -175,7 +177,7 @@ def test_stage_1_on_a_full_disk(stages, clean, tmp_path, tried):
 def test_stage_1_when_its_writing_thread_is_refused(stages, clean, tmp_path, tried, call, where, code, words):
     """In the thread that writes: the one that computes does not wait for it. It stops where there is no room, and goes
     on with the other shards where one of them failed."""
-    crashes.needs_strace()
+    needs_strace()
     cache = tmp_path / "cache"
     outcome, in_thread = inject_in_threads(stages, stage1(clean, cache), call, cache / where)
     assert outcome.code == code and words in outcome.output, outcome
@@ -190,7 +192,7 @@ def test_stage_1_when_its_writing_thread_is_refused(stages, clean, tmp_path, tri
 @pytest.mark.promise(REFUSED)
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param([4, 12, 120], id="3 sizes"), pytest.param(range(4, 200, 8), id="all", marks=pytest.mark.slow)],
+    [pytest.param([4, 120], id="2 sizes"), pytest.param(range(4, 200, 8), id="all", marks=crashes.LONG)],
 )
 def test_stage_2_on_a_full_disk(stages, clean, tmp_path, tried, sizes):
     """At arm.json, the metrics, TensorBoard's events, a checkpoint."""
@@ -241,7 +243,7 @@ def answers(run: Path) -> dict[str, object]:
 @pytest.mark.promise(REFUSED)
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param([4, 32], id="2 sizes"), pytest.param([0, *range(4, 260, 12)], id="all", marks=pytest.mark.slow)],
+    [pytest.param([4, 32], id="2 sizes"), pytest.param([0, *range(4, 260, 12)], id="all", marks=crashes.LONG)],
 )
 def test_stage_3_on_a_full_disk(stages, clean, tmp_path, tried, sizes):
     """At the predictions of each checkpoint, the scores, the tables, the pictures; and where nothing may be written."""

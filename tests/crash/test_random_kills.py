@@ -16,10 +16,10 @@ import crashes
 import pytest
 import toys
 from crashes import cache_content, cache_sound, run_content
+from forks import HANG_S, ForkServer
 
 EQUAL = "A crashed and resumed cache or student equals an uninterrupted one, byte for byte"
-LONG = [pytest.mark.slow, pytest.mark.timeout(1200)]
-KILLS = [pytest.param(3, id="3 kills"), pytest.param(60, id="60 kills", marks=LONG)]
+KILLS = [pytest.param(2, id="2 kills"), pytest.param(60, id="60 kills", marks=crashes.LONG)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def clean(stages, tmp_path_factory):
 
 
 def killed_until_done(
-    stages: crashes.ForkServer,
+    stages: ForkServer,
     command: list[str],
     state: Callable[[], object],
     draw: random.Random,
@@ -55,7 +55,7 @@ def killed_until_done(
     while kills < most:
         before, child = state(), stages.start(*command)
         child.release()
-        deadline = time.monotonic() + crashes.HANG_S
+        deadline = time.monotonic() + HANG_S
         while state() == before and child.state() != "Z" and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, within_s))

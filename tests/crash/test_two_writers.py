@@ -11,7 +11,8 @@ from pathlib import Path
 
 import crashes
 import pytest
-from crashes import ForkServer, stalled, trace
+from forks import ForkServer
+from syscalls import needs_strace, stalled, trace
 
 from cache_schema.reader import CacheReader
 from cache_schema.verify import verify
@@ -53,7 +54,7 @@ def racers(tmp_path_factory):
 @pytest.mark.promise(ONE_WINNER)
 @pytest.mark.parametrize(
     "rounds",
-    [pytest.param(10, id="10 rounds"), pytest.param(300, id="300 rounds", marks=[pytest.mark.slow])],
+    [pytest.param(10, id="10 rounds"), pytest.param(300, id="300 rounds", marks=crashes.LONG)],
 )
 def test_eight_processes_race(racers, tmp_path, tried, rounds):
     """They create the cache, claim or do not care, commit all its shards and seal it, all at once."""
@@ -79,10 +80,10 @@ def test_eight_processes_race(racers, tmp_path, tried, rounds):
 
 @pytest.mark.promise(ONE_WINNER)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("stride", [pytest.param(4, id="every 4th"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [pytest.param(6, id="every 6th"), pytest.param(1, id="all", marks=crashes.LONG)])
 def test_a_stalled_writer_wakes_up_late(writers, tmp_path, tried, stride, before):
     """Stopped at any of its calls, while another takes over its claims, commits its shards, seals and tidies up."""
-    crashes.needs_strace()
+    needs_strace()
     points = trace(writers, [tmp_path / "clean"], tmp_path / "clean")
     left, overtaken = [], 0
     for i, point in list(enumerate(points))[::stride]:
