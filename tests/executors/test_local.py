@@ -190,3 +190,41 @@ def test_the_claim_of_a_worker_known_to_be_dead_is_passed_over(arguments, tmp_pa
     assert worker.work(0, ours=True) == [] and [outcome[:2] for outcome in worker.finish()] == [(0, "done")]
     worker.close()
     assert [name[:5] for name in data_files(tmp_path / "cache")] == ["00000"]
+
+
+TORCHRUN = """
+import os, sys, time
+from pipeline.cli import guarded
+from stage1_teacher.__main__ import main
+from stage1_teacher.capture import Capture
+
+real, poisoned = Capture.shard, sys.argv[1]
+def shard(self, examples, report=lambda done: None):
+    if examples[0].id == poisoned:
+        raise RuntimeError("cannot read this")
+    if os.environ["RANK"] == "1" and not hasattr(Capture, "slept"):
+        Capture.slept = time.sleep(8)
+    return real(self, examples, report)
+Capture.shard = shard
+sys.argv = ["stage1_teacher", *sys.argv[2:]]
+sys.exit(guarded(main))
+"""
+
+
+@pytest.mark.slow
+def test_a_failed_shard_of_one_process_of_torchrun_does_not_end_the_others(clean, arguments, tmp_path):
+    """torchrun kills the others when one ends with an error: so none may, while another is at work."""
+    examples = Experiment(load_recipe(arguments[1])).training_set.cached
+    (tmp_path / "process.py").write_text(TORCHRUN)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "process.py")]
+    done = subprocess.run(
+        [sys.executable, *launcher, examples[2 * 3].id, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["", *sys.path])[1:]},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert (
+        "shard 3 failed: RuntimeError: cannot read this" in done.stderr and "1 of 11 shards are missing" in done.stderr
+    )
+    missing = {name[:5] for name in data_files(clean / "cache")} - {n[:5] for n in data_files(tmp_path / "cache")}
+    assert missing == {"00003"}

@@ -162,7 +162,7 @@ def test_without_handing_it_out_again_a_dead_workers_shard_is_missing(clean, arg
 def test_workers_killed_at_many_moments(clean, arguments, tmp_path, capsys, tried):
     count, rng = 0, random.Random(0)
     out = lambda: capsys.readouterr().out  # noqa: E731
-    for turn in range(8):
+    for turn in range(6):
         moments = [("claim", rng.random() * 0.05) for _ in range(4)] + [("start", rng.random() * 2)] * (turn % 2)
         rng.shuffle(moments)
         cache = tmp_path / f"cache-{turn}"

@@ -1,4 +1,5 @@
-"""`--executor ray://HOST:PORT`: a driver that is no part of the cluster. A head of its own is started for it here."""
+"""`--executor ray://HOST:PORT`, a driver that is no part of the cluster, and RAY_ADDRESS, one that joins it. A head of
+its own is started for them here."""
 
 import os
 import re
@@ -30,7 +31,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def address(tmp_path):
-    """Where the client server of a cluster of two processors listens."""
+    """Of a cluster of two processors: where its client server listens, and what RAY_ADDRESS would say."""
     port, gcs = free_port(), free_port()
     where = Path("/tmp") / f"r{os.getpid()}"  # Ray's sockets need a short path
     start = ["start", "--head", "--block", f"--port={gcs}", f"--ray-client-server-port={port}", "--num-cpus=2"]
@@ -45,7 +46,8 @@ def address(tmp_path):
         host = found and found[1]
         time.sleep(0.2)
     assert host, (tmp_path / "head.log").read_text()
-    yield f"ray://{re.sub(chr(27) + r'.[0-9;]*m', '', host)}:{port}"
+    host = re.sub(chr(27) + r".[0-9;]*m", "", host)
+    yield f"ray://{host}:{port}", f"{host}:{gcs}"
     head.terminate()
     head.wait(60)
 
@@ -54,20 +56,27 @@ def address(tmp_path):
 def test_a_client_of_a_cluster_makes_the_local_executors_cache_and_table(address, tmp_path):
     recipe = toys.tiny_recipe(tmp_path, cache={"shard_examples": 4})
 
-    def call(stage, *extra):
+    def call(stage, *extra, env=ENV):
         done = subprocess.run(
             [sys.executable, "-m", stage, "--recipe", str(recipe), *extra],
-            cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=200, check=False,
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    on_cluster = ["--executor", address, "--set", "runtime.workers=2"]
+    client, ray_address = address
+    on_cluster = ["--executor", client, "--set", "runtime.workers=2"]
     there = ["--set", f"cache.dir={tmp_path / 'there'}", "--set", f"run_dir={tmp_path / 'run-there'}"]
     assert "2 workers on a Ray cluster of 1 machines" in call("stage1_teacher", *there, *on_cluster)
     call("stage1_teacher")
     names = [sorted(p.name for p in (tmp_path / d / "shards").glob("*.parquet")) for d in ("cache", "there")]
     assert names[0] == names[1] and len(names[0]) == 6
+    joined = ["--set", f"cache.dir={tmp_path / 'joined'}", "--executor", "ray"]
+    env = ENV | {"RAY_ADDRESS": ray_address}
+    assert "1 workers on a Ray cluster of 1 machines, each with {'num_cpus': 2}" in call(
+        "stage1_teacher", *joined, env=env
+    )
+    assert sorted(p.name for p in (tmp_path / "joined" / "shards").glob("*.parquet")) == names[0]
     assert "2 workers on a Ray cluster of 1 machines" in call("stage3_eval", *there, *on_cluster)
     call("stage3_eval")
     tables = [(tmp_path / d / "report" / "table.md").read_text() for d in ("run", "run-there")]
