@@ -19,7 +19,10 @@ _DATA, _DICTIONARY = 0, 2
 _RLE = 3
 ENCODINGS = {"PLAIN": 0, "RLE": _RLE, "DELTA_BINARY_PACKED": 5, "RLE_DICTIONARY": 8, "BYTE_STREAM_SPLIT": 9}
 _MAX_HEADER_BYTES = 256  # ours are 20 to 40: without statistics there is no text in them
-_TRUE, _FALSE, _I32, _STRUCT = 1, 2, 5, 12
+_TRUE, _FALSE, _NUMBERS, _BINARY, _LIST, _STRUCT = 1, 2, (4, 5, 6), 8, 9, 12
+_MAX_DEPTH = 8
+# Of a footer: 4 row groups, of these 1 columns, of these 3 metadata, of this 1 type, 2 encodings, 4 compression.
+_TYPES, _ZSTD = (1, 4, 6), 6  # int32, float, bytes
 
 _Header = dict[int, Any]  # field -> a number, a truth, or the header inside
 
@@ -73,36 +76,68 @@ def _header(name: str, data: bytes) -> tuple[_Header, int]:
     return header, size
 
 
+def check_footer(footer: bytes) -> None:
+    """Raise ValueError unless the enumerations of a footer's columns are those of a file of ours.
+
+    pyarrow ends the process over a compression that it does not know, as soon as it is asked which it is.
+    """
+    try:
+        groups = _struct(footer, 0)[0][4]
+        columns = [column[3] for group in groups for column in group[1]]
+        known = all(c[1] in _TYPES and c[4] == _ZSTD and set(c[2]) <= set(ENCODINGS.values()) for c in columns)
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError("its footer cannot be taken apart") from error
+    if not known:
+        raise ValueError("its footer has a type, an encoding or a compression which FORMAT.md does not have")
+
+
 def _struct(data: bytes, at: int, depth: int = 0) -> tuple[_Header, int]:
     """The struct that begins here, and where it ends. Raises IndexError where the data end first, KeyError."""
     fields: _Header = {}
     number = 0
     while data[at]:
         delta, kind = data[at] >> 4, data[at] & 15
-        at += 1
-        if not delta or number + delta in fields:
+        if not delta:
             raise KeyError(number)
         number += delta
         if kind in (_TRUE, _FALSE):
-            fields[number] = kind == _TRUE
-        elif kind == _I32:
-            value, at = _varint(data, at)
-            fields[number] = value >> 1 ^ -(value & 1)
-        elif kind == _STRUCT and depth < 2:
-            fields[number], at = _struct(data, at, depth + 1)
+            fields[number], at = kind == _TRUE, at + 1
         else:
-            raise KeyError(kind)
+            fields[number], at = _value(data, at + 1, kind, depth)
     return fields, at + 1
+
+
+def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    """A value of this kind and where it ends; see `_struct`."""
+    if kind in _NUMBERS:
+        value, at = _varint(data, at)
+        return value >> 1 ^ -(value & 1), at
+    if kind == _BINARY:
+        size, at = _varint(data, at)
+        if size > len(data) - at:
+            raise IndexError(size)
+        return data[at : at + size], at + size
+    if kind == _LIST:
+        size, kind = data[at] >> 4, data[at] & 15
+        at += 1
+        if size == 15:
+            size, at = _varint(data, at)
+        items = []
+        for _ in range(size):
+            item, at = _value(data, at, kind, depth)
+            items.append(item)
+        return items, at
+    if kind != _STRUCT or depth > _MAX_DEPTH:
+        raise KeyError(kind)
+    return _struct(data, at, depth + 1)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """A number in seven bits a byte, lowest first, and the place behind it."""
     value = 0
-    for shift in range(0, 35, 7):
+    for shift in range(0, 70, 7):
         value |= (data[at] & 127) << shift
         at += 1
         if data[at - 1] < 128:
-            break
-    else:
-        raise KeyError(at)
-    return value, at
+            return value, at
+    raise KeyError(at)

@@ -79,7 +79,7 @@ class CacheReader:
         if require_sealed:
             missing = sorted(set(range(manifest.shards)) - set(recorded))
             raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command)
-        records = store.map(lambda shard: CommitRecord.load(store, shard, manifest), recorded)
+        records = store.map(lambda shard: CommitRecord.load_listed(store, shard, manifest), recorded)
         return cls(store, manifest, records, False, memory_bytes)
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cache_schema import jsondoc, layout
+from cache_schema.errors import DamagedDocument
 from cache_schema.manifest import Manifest
 from cache_schema.schema import QuarantinedExample, Status
 from cache_schema.store import Store
@@ -58,6 +59,14 @@ class CommitRecord:
         doc = jsondoc.load(store, layout.record(shard), "record", RECORD_MOST_BYTES)
         doc.expect("fingerprint", manifest.fingerprint)
         return cls.from_fields(doc, shard, manifest)
+
+    @classmethod
+    def load_listed(cls, store: Store, shard: int, manifest: Manifest) -> CommitRecord:
+        """The same of a record that was listed: where it cannot be opened, it is a link to nothing. DamagedDocument."""
+        try:
+            return cls.load(store, shard, manifest)
+        except FileNotFoundError:
+            raise DamagedDocument(store, layout.record(shard), "it cannot be opened") from None
 
     @classmethod
     def from_fields(cls, doc: jsondoc.Fields, shard: int, manifest: Manifest) -> CommitRecord:

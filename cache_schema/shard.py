@@ -32,7 +32,7 @@ from cache_schema.errors import CorruptShard, InvalidRow, StorageError
 from cache_schema.jsondoc import canonical
 from cache_schema.layout import data as data_path
 from cache_schema.manifest import Manifest
-from cache_schema.pages import check_pages
+from cache_schema.pages import check_footer, check_pages
 from cache_schema.record import CommitRecord
 from cache_schema.schema import TEXT_COLUMNS, CacheRow, Columns, Status
 from cache_schema.store import Store
@@ -188,15 +188,21 @@ class ShardFile:
         if length > MAX_FOOTER_BYTES:
             raise self.corrupt(f"its footer says it has {length} bytes, expected {MAX_FOOTER_BYTES} at most")
         file.seek(max(0, size - length))
-        found = hashlib.sha256(file.read()).hexdigest()
+        footer = file.read()
+        found = hashlib.sha256(footer).hexdigest()
         if found != record.footer_sha256:
             raise self.corrupt(f"its footer has SHA-256 {found}, its commit record says {record.footer_sha256}")
+        if (
+            b"ARROW:" in footer
+        ):  # pyarrow would make types of it, of any library's that is loaded, just to open the file
+            raise self.corrupt("its footer has a key of Arrow's, expected 'logitbank' alone")
+        check_footer(footer)
         metadata = pq.ParquetFile(file, arrow_extensions_enabled=False).metadata
         says = metadata.metadata or {}
         tag = says.pop(b"logitbank", b"")
         if tag != _tag(record.shard, self._manifest):
             raise self.corrupt(f"it belongs elsewhere: it says {tag.decode(errors='replace')!r}")
-        if says:  # ARROW:schema would have columns read as other types
+        if says:
             raise self.corrupt(f"its footer has a key {min(says)!r}, expected 'logitbank' alone")
         if metadata.schema.to_arrow_schema().remove_metadata() != ARROW_SCHEMA:
             raise self.corrupt(f"its columns are not those of schema version {self._manifest.schema_version}")
@@ -217,6 +223,8 @@ class ShardFile:
                 path, numbers, size = column.path_in_schema, column.num_values, column.total_uncompressed_size
                 name = path.partition(".")[0]
                 most = most_numbers(name, self._manifest, record.positions, group.num_rows)
+                if column.file_path:
+                    raise self.corrupt(f"{path} is said to lie in another file")
                 if not 0 <= numbers <= most:
                     raise self.corrupt(f"{path} has {numbers} numbers, expected up to {most}")
                 most = most_bytes(numbers) + (text_left if name in TEXT_COLUMNS else 0)
