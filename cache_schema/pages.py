@@ -19,7 +19,7 @@ _DATA, _DICTIONARY = 0, 2
 _RLE = 3
 ENCODINGS = {"PLAIN": 0, "RLE": _RLE, "DELTA_BINARY_PACKED": 5, "RLE_DICTIONARY": 8, "BYTE_STREAM_SPLIT": 9}
 _MAX_HEADER_BYTES = 256  # ours are 20 to 40: without statistics there is no text in them
-_TRUE, _FALSE, _NUMBERS, _BINARY, _LIST, _STRUCT = 1, 2, (4, 5, 6), 8, 9, 12
+_TRUE, _FALSE, _BYTE, _NUMBERS, _BINARY, _LIST, _STRUCT = 1, 2, 3, (4, 5, 6), 8, 9, 12
 _MAX_DEPTH = 8
 # Of a footer: 4 row groups, of these 1 columns, of these 3 metadata, of this 1 type, 2 encodings, 4 compression.
 _TYPES, _ZSTD = (1, 4, 6), 6  # int32, float, bytes
@@ -112,6 +112,8 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind in _NUMBERS:
         value, at = _varint(data, at)
         return value >> 1 ^ -(value & 1), at
+    if kind == _BYTE:
+        return data[at], at + 1
     if kind == _BINARY:
         size, at = _varint(data, at)
         if size > len(data) - at:
