@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from cache_schema.atomic import publish
 from cache_schema.manifest import differences
 from pipeline.alignment import VERSION
 from pipeline.errors import ModelError, RecipeError, RunError, unknown_name
@@ -21,7 +22,7 @@ from pipeline.prompts import PromptBuilder
 from pipeline.recipe import ArmRun
 from pipeline.run_dir import ArmDir, RunDir
 from pipeline.sections import Alignment, Arm, Train
-from stage2_student.checkpoint import complete_steps, storage_errors, sweep, write_whole
+from stage2_student.checkpoint import complete_steps, storage_errors, sweep
 from stage2_student.order import BLOCK, WINDOW
 
 # The keys of `train` that are no part of an arm's identity: repeats are arms of their own, each with its own seed, and
@@ -135,7 +136,7 @@ def claimed(arm: ArmPlan) -> Iterator[None]:
     with storage_errors(arm.folder.root, f"starting {arm.label}"):
         arm.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         if not arm.folder.identity.exists():
-            write_whole(arm.folder.identity, json.dumps(arm.identity, indent=1) + "\n")
+            publish(arm.folder.identity, (json.dumps(arm.identity, indent=1) + "\n").encode())
     with arm.folder.identity.open(encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -131,19 +131,6 @@ def storage_errors(where: Path, doing: str) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a small file at once: temporary name, flush, rename. Raises OSError; nothing is left behind."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
-    finally:
-        with suppress(OSError):  # renamed
-            temporary.unlink()
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

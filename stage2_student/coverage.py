@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from cache_schema.atomic import publish
 from cache_schema.reader import CacheReader
 from cache_schema.schema import ALIGNMENT, Status
 from pipeline.alignment import NONE
@@ -18,7 +19,7 @@ from pipeline.models import tokenizer_digest
 from pipeline.prompts import PromptBuilder
 from pipeline.sections import Alignment
 from stage2_student.batches import aligned_rows, has_teachers_tokenizer
-from stage2_student.checkpoint import storage_errors, write_whole
+from stage2_student.checkpoint import storage_errors
 
 LEGEND = """All shares are of the student's answer positions, end-of-sequence included.
 boundary, index: those that get a usable row of the teacher by either alignment.
@@ -107,7 +108,7 @@ def save(path: Path, tasks: Mapping[str, Coverage], reader: CacheReader, prompts
     }
     with storage_errors(path, "writing the alignment report"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(content, indent=1) + "\n")
+        publish(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def summary(tasks: Mapping[str, Coverage]) -> str:

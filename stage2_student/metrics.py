@@ -15,8 +15,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
+from cache_schema.atomic import publish
 from pipeline.run_dir import ArmDir
-from stage2_student.checkpoint import storage_errors, write_whole
+from stage2_student.checkpoint import storage_errors
 
 
 class MetricsLog:
@@ -53,7 +54,7 @@ class MetricsLog:
                     continue
                 if step <= done:
                     kept.append(line + "\n")
-        write_whole(self._path, "".join(kept))
+        publish(self._path, "".join(kept).encode())
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -11,13 +11,12 @@ Called by `answers`.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cache_schema.atomic import publish, remove_temporaries
 from cache_schema.manifest import fingerprint_of
 from pipeline.errors import RunError
 from pipeline.run_dir import RunDir
@@ -149,17 +148,11 @@ def save(file: PredictionFile, new: Iterable[Prediction], provenance: Mapping[st
     }
     lines = [header, *(asdict(predictions[key]) for key in sorted(predictions))]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    temporary = file.path.with_name(f".tmp-{os.getpid()}-{file.path.name}")
     try:
         file.path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as out:
-            out.write(zstandard.ZstdCompressor(level=9).compress(text.encode("utf-8")))
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file.path)
+        remove_temporaries(file.path.parent)  # of a process that was killed here
+        publish(file.path, zstandard.ZstdCompressor(level=9).compress(text.encode("utf-8")))
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise RunError(
             f"{file.path}: cannot be written: {error.strerror}; make room or set run_dir=<folder>, and run the same "
             "command: what was saved before is kept"

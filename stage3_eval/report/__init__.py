@@ -5,14 +5,13 @@ task. Made from predictions alone: no model of the run. Rewritten whole each tim
 """
 
 import json
-import os
 import platform
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cache_schema.atomic import publish, remove_temporaries
 from pipeline.errors import RunError
 from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
@@ -56,16 +55,15 @@ def write_report(
         raise RunError(f"{folder}: found a file, expected a folder; move it away, or set run_dir=<folder>")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(folder)
         for old in [*folder.glob("*.png"), folder / DETAILS]:
             old.unlink(missing_ok=True)
         drawn = pictures.draw(found, losses, folder, mixture)
         for name, text in texts.items():
-            _replace(folder / name, text)
-        _replace(folder / RESULTS, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+            publish(folder / name, text.encode())
+        numbers = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        publish(folder / RESULTS, numbers.encode())
     except OSError as error:
-        for half in folder.glob(".tmp-*"):
-            with suppress(OSError):
-                half.unlink()
         raise RunError(
             f"{folder}: the report cannot be written: {error.strerror or error}; make room or check its permissions, "
             "and run the same command: predictions are kept"
@@ -114,9 +112,3 @@ def read_losses(metrics: Path) -> dict[int, float]:
                 break
             raise RunError(f"{metrics}, line {number}: not a step's metrics: {error}; remove the line") from None
     return dict(sorted(losses.items()))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -5,10 +5,12 @@ lines. loss: the arms' cross-entropy. A mixture has too many tasks for the first
 their place: differences, the gain of an arm over plain fine-tuning in every metric, a panel a student.
 """
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cache_schema.atomic import publish
 from stage3_eval.report.summary import Comparison, columns_of, comparisons
 from stage3_eval.report.tables import block_name
 
@@ -234,7 +236,7 @@ def _smooth(values: list[float], half: int) -> list[float]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, dpi=_DPI, metadata={"Software": None})
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=_DPI, metadata={"Software": None})
+    publish(path, picture.getbuffer())
     return path
