@@ -212,7 +212,7 @@ def connect(executor: str) -> tuple[Any, bool]:
         where = executor if executor != "ray" else os.environ.get("RAY_ADDRESS", "this machine")
         raise RunError(
             f"runtime.executor is {executor}: no connection to the Ray cluster at {where}: "
-            f"{' '.join(str(error).split())[:300]}; see that it runs (`ray status` there) and has this release of Ray, "
+            f"{' '.join(str(error).split())[-300:]}; see that it runs (`ray status` there) with this release of Ray, "
             "or work in this process: --executor local"
         ) from None
     return ray, True

@@ -3,6 +3,7 @@ its own is started for them here."""
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def address(tmp_path):
     deadline = time.monotonic() + 90
     host = None
     while host is None and time.monotonic() < deadline and head.poll() is None:
-        found = re.search(r"Local node IP: (\S+)", (tmp_path / "head.log").read_text())
+        found = re.search(r"Local node IP: (\S+)(.|\n)*Ray runtime started", (tmp_path / "head.log").read_text())
         host = found and found[1]
         time.sleep(0.2)
     assert host, (tmp_path / "head.log").read_text()
@@ -50,6 +51,7 @@ def address(tmp_path):
     yield f"ray://{host}:{port}", f"{host}:{gcs}"
     head.terminate()
     head.wait(60)
+    shutil.rmtree(where, ignore_errors=True)
 
 
 @pytest.mark.slow
