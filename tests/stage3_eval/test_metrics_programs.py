@@ -271,6 +271,15 @@ FORGERIES = {
     "trace": "import sys\nsys.settrace(lambda *a: None)\ndef rev(x):\n    return True",
     "a finaliser": "import os\nclass A:\n    def __del__(s): os.write(3, b'true\\n')\ndef rev(x):\n    A()",
     "swallow the test": "import ast\nast.parse = None\n__builtins__.clear()\ndef rev(x):\n    return x",
+    "assert is nothing": "import sys\nsys.flags = None\n__debug__ = None\ndef rev(x):\n    return x",
+    "list is not list": "import builtins\nbuiltins.list = lambda *a: [2, 1]\ndef rev(x):\n    return x",
+    "isinstance is true": "import builtins\nbuiltins.isinstance = lambda *a: True\ndef rev(x):\n    return object()",
+    "another stdout": "import sys\nsys.stdout = open('/dev/fd/3', 'w')\ndef rev(x):\n    print('true'); return x",
+    "all descriptors": (
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'true\\ntrue\\n')\n    except OSError: pass"
+    ),
+    "a flood": "import os\nwhile True: os.write(3, b'true\\n' * 9999)",
+    "memory": "def rev(x):\n    return [x] * 10**10",
     "a bomb for the reader": "import os\nos.write(3, b'[' * 900000 + b'\\n' + b'9' * 100000 + b'\\n')\nos._exit(0)",
 }
 
@@ -280,10 +289,14 @@ ASKED = example(REVERSE.answer, "assert rev('ab').startswith('ba')", "assert rev
 
 
 @sandboxed
+@pytest.mark.promise(
+    "Generated code cannot write outside its folder, reach the network, outlive its limit or forge a pass"
+)
 @pytest.mark.parametrize("name", FORGERIES)
-def test_a_pass_cannot_be_forged(name):
+def test_a_pass_cannot_be_forged(name, tried):
     assert measure("passes", REVERSE, FORGERIES[name]).values == (0,)
     assert measure("passes", ASKED, FORGERIES[name], REVERSE.answer).values == (0, 1)
+    tried(1, "programs that forge a pass")
 
 
 @sandboxed

@@ -160,6 +160,9 @@ def test_limits_cannot_be_raised():
     assert attempt("import os; os.setuid(1)") in ("PermissionError", "OSError")
 
 
+@pytest.mark.promise(
+    "Generated code cannot write outside its folder, reach the network, outlive its limit or forge a pass"
+)  # noqa: E501
 @pytest.mark.parametrize(
     "code",
     [
@@ -168,14 +171,17 @@ def test_limits_cannot_be_raised():
         "import signal\nfor s in {*range(1, 32)} - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
         "import os, time; os.closerange(0, 64); time.sleep(10**6)",
         "9 ** 9 ** 9",
+        "import atexit\ndef again():\n    while True: pass\natexit.register(again)\nraise SystemExit",
+        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
     ],
 )
-def test_time_is_up(code, monkeypatch, tmp_path):
+def test_time_is_up(code, monkeypatch, tmp_path, tried):
     mark = f"# {tmp_path}"
     inside = sandbox._inside()
     monkeypatch.setattr(sandbox, "_inside", lambda: inside + mark)
     assert run([code], ["1"], BRIEF) == Ran((), timed_out=True)
     assert _running(mark) == []
+    tried(1, "programs that do not end")
 
 
 def test_it_dies_with_us(tmp_path):
@@ -227,6 +233,74 @@ def test_a_flood_of_answers_is_cut(code):
 def test_printing_is_not_answering():
     ran = run(["import sys\nprint('true\\n' * 10**6)\nsys.stderr.write('true\\n' * 10**6)"], ["1 + 1"], LIMITS)
     assert ran.answers == ("2",)
+
+
+# -- the promise, clause by clause
+
+PROMISE = "Generated code cannot write outside its folder, reach the network, outlive its limit or forge a pass"
+CALL = """
+import ctypes
+if ctypes.CDLL(None, use_errno=True).{} == -1:
+    raise OSError(ctypes.get_errno(), 'refused')
+"""
+WRITES = {
+    **{f"a file in {where}": f"open({where + '/planted'!r}, 'w')" for where in ("/", "/usr", "/dev", "/dev/shm", "/etc",
+                                                                              "/home", "/root", "/var/tmp", "/run")},
+    "a folder": "import os; os.mkdir('/planted')",
+    "up from its own": "open('../planted', 'w')",
+    "through a link": "import os; os.symlink('/usr/planted', 'link'); open('link', 'w')",
+    "by a hard link": "import os; os.link('/usr/bin/env', 'mine')",
+    "through /proc/self/root": "open('/proc/self/root/planted', 'w')",
+    "through /proc/self/cwd": "open('/proc/self/cwd/../planted', 'w')",
+    "its memory": "open('/proc/self/mem', 'wb')",
+    "over its Python": "import os, sys; open(os.path.realpath(sys.executable), 'r+b')",
+    "over its library": "import os; open(os.__file__, 'a')",
+    "a device": "import os; os.mknod('null', 0o20666, os.makedev(1, 3))",
+    "the root with write": CALL.format("mount(b'none', b'/', b'', 32, None)"),
+    "another root": "import os; os.chroot('/tmp')",
+    "a terminal": "open('/dev/tty', 'w')",
+}  # fmt: skip
+NETWORK = {
+    **{f"a socket of family {family}": f"import socket; socket.socket({family}, {kind})"
+       for family, kind in ((1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (10, 1), (10, 2), (16, 3), (17, 3), (40, 1))},
+    "an abstract name": "import socket; socket.socket(socket.AF_UNIX).bind('\\0name')",
+    "a name to resolve": "import socket; socket.getaddrinfo('example.org', 80)",
+    "a page": "import urllib.request; urllib.request.urlopen('http://127.0.0.1/', timeout=1)",
+    "a pair": "import socket; socket.socketpair()",
+    "a ring": CALL.format("syscall(425, 8, 0)"),
+}  # fmt: skip
+PROCESSES = {
+    "a fork": "import os; os.fork()",
+    "two forks and a session": "import os\nif not os.fork():\n    os.setsid()\n    os.fork()",
+    "a fork bomb": "import os\nwhile True:\n    os.fork()",
+    "vfork": CALL.format("vfork()"),
+    "clone": CALL.format("syscall(56, 17, 0, 0, 0, 0)"),
+    "clone3": CALL.format("syscall(435, 0, 0)"),
+    "a daemon": "import multiprocessing as m; m.Process(target=print, daemon=True).start()",
+    "a thread": "import threading; threading.Thread(target=print).start()",
+    "a command": "import os; assert os.system('true') == 0",
+    "a debugger of its parent": CALL.format("ptrace(16, 1, 0, 0)"),
+    "memory that stays": CALL.format("shmget(0, 4096, 0o1600)"),
+    "a timer that cannot be stopped": "import signal; signal.signal(signal.SIGKILL, signal.SIG_IGN)",
+    "more time": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))",
+    "more memory": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+}
+
+
+@pytest.mark.promise(PROMISE)
+def test_no_way_out(tried):
+    corpus = WRITES | NETWORK | PROCESSES
+    assert {name for name, code in corpus.items() if attempt(code) == "ESCAPED"} == set()
+    assert not Path("/planted").exists() and not Path("/usr/planted").exists()
+    tried(len(WRITES), "programs that write elsewhere")
+    tried(len(NETWORK), "programs that look for a network")
+    tried(len(PROCESSES), "programs that start another, or raise their limits")
+
+
+def test_what_is_no_way_out_is_open():
+    """The control: an attempt that is allowed says ESCAPED."""
+    for code in ("open('/tmp/mine', 'w')", "import os; os.getpid()", "import resource; resource.getrlimit(0)"):
+        assert attempt(code) == "ESCAPED"
 
 
 # -- what an honest program may do
