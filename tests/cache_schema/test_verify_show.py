@@ -93,7 +93,11 @@ def forge(cache: Path, shard: int, change) -> None:
     table = change(pq.read_table(old))
     tag = pq.read_metadata(old).metadata[b"logitbank"]
     like = table.schema.names == ARROW_SCHEMA.names
-    with parquet_writer(old) if like else pq.ParquetWriter(old, table.schema, store_schema=False) as writer:
+    with (
+        parquet_writer(old)
+        if like
+        else pq.ParquetWriter(old, table.schema, store_schema=False, compression="zstd") as writer
+    ):
         writer.write_table(table.cast(ARROW_SCHEMA) if like else table)
         writer.add_key_value_metadata({"logitbank": tag})
     data = old.read_bytes()
