@@ -8,6 +8,8 @@ FORMAT.md beside this file is the norm; the modules are its implementation.
     codec      logits and ids to integers and back
     table      rows to Arrow tables and back
     check      the invariants of a row, for the writer and for `verify`
+    bounds     how large the parts of a data file can be
+    pages      footers and page headers, checked before pyarrow believes them
     shard      one Parquet file: encoding, and reading that never trusts the disk
     atomic     durable writes: all of a file or nothing of it
     layout     every name inside a cache
