@@ -35,7 +35,8 @@ def most_numbers(name: str, manifest: Manifest, positions: int, rows: int) -> in
         "rank_steps": -(-manifest.top_k // 4),
     }
     listed = manifest.vocab_size if name == "id_order" else 0
-    return rows + listed + min(MAX_ROW_VALUES, positions * per_position.get(name, 0))  # an empty list counts as one
+    positions = min(positions, MAX_ROW_VALUES // widest(manifest))
+    return rows + listed + positions * per_position.get(name, 0)  # an empty list counts as one
 
 
 def most_bytes(numbers: int) -> int:

@@ -211,8 +211,9 @@ def _plain(column: Any) -> list[Any]:
     if not pa.types.is_dictionary(array.type):
         values: list[Any] = array.to_pylist()
         return values
-    texts = array.dictionary.to_pylist()
-    return [texts[i] for i in array.indices.to_pylist()]
+    texts, places = array.dictionary.to_pylist(), array.indices.to_numpy()
+    _expect_range("places in the dictionary", places, len(texts) - 1)
+    return [texts[i] for i in places.tolist()]
 
 
 def flat(column: Any) -> tuple[NDArray[Any] | None, NDArray[Any]]:
