@@ -32,11 +32,12 @@ from stage1_teacher.__main__ import fill
 from stage1_teacher.teacher import CausalTeacher, FullLogitsTeacher, TeacherInput, load_teacher
 from stage1_teacher.topk import select_top_k
 from stage2_student.arms import alignment_of, plan
-from stage2_student.batches import Batch, Collator, Teacher, usable_rows
+from stage2_student.batches import Batch, Collator, Teacher
 from stage2_student.group import Group
 from stage2_student.order import batch_indices
 from stage2_student.student import Student
 from stage2_student.train import flat_gradients, prefetched, take_step
+from stage2_student.usable import lengths, usable_rows
 
 Step = Callable[[], dict[str, float]]
 SHAPES = {"mid": (4, 2), "pocket": (32, 32), "pocket-uld": (16, 16)}  # examples of a step, and of a micro-batch
@@ -59,7 +60,8 @@ class Training:
         self.device = self.group.accelerator.device
         self.student = Student(first.source, self.recipe.students[first.name], 0, self.device)
         self.prompts = first.prompts
-        self.usable = usable_rows(self.reader, self.prompts, self.student.window)
+        found = lengths(self.reader, self.prompts, range(len(self.reader)))
+        self.usable = usable_rows(found, self.prompts, self.student.window)
         self.parameters = list(self.student.parameters.values())
         self.gradients = flat_gradients(self.parameters)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.recipe.train.lr, weight_decay=0.0)

@@ -9,8 +9,7 @@ Shapes: B examples, L padded input tokens, N the student's answer positions in t
 padding), K cached ranks.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +21,7 @@ from cache_schema.manifest import Manifest
 from cache_schema.reader import CacheReader
 from cache_schema.schema import ALL, RANKED, TEXT, AlignmentRow, CacheRow, Status, TextRow
 from pipeline.alignment import NONE, Positions, align
-from pipeline.errors import DataError, ModelError, RunError
+from pipeline.errors import ModelError, RunError
 from pipeline.models import tokenizer_digest
 from pipeline.prompts import Encoded, PromptBuilder
 from pipeline.sections import Alignment, Arm
@@ -228,59 +227,6 @@ def check_same_tokenizer(tokenizer: Any, manifest: Manifest, student_vocab: int)
             f"the cache holds the top {manifest.top_k} of {manifest.vocab_size} logits, but the student's vocabulary "
             f"has {student_vocab} ids only; make a cache with a smaller cache.top_k, or use another student"
         )
-
-
-@dataclass(frozen=True)
-class Usable:
-    """The rows of a cache that a student can read whole: `rows` are row numbers, the same for all its arms.
-
-    too_long: beyond its window. unreadable: its tokenizer or template fails on them, or has a token that the model has
-    no row for, or makes nothing of the prompt. longest: tokens of the longest example, prompt and answer together.
-    """
-
-    rows: list[int]
-    too_long: int
-    unreadable: int
-    longest: int
-
-    @property
-    def dropped(self) -> int:
-        return self.too_long + self.unreadable
-
-
-def usable_rows(
-    reader: CacheReader,
-    prompts: PromptBuilder,
-    window: int | None,
-    report: Callable[[], None] | None = None,
-    vocab_size: int | None = None,
-) -> Usable:
-    """Drop what does not fit the student's window of `window` tokens or what it cannot read, before the order is built.
-
-    Only the text, the student's tokenizer, its window and its `vocab_size` ids (None: any) decide, so every arm of a
-    student trains on the same examples. `report` is called after each. Raises DataError when nothing is left.
-    """
-    lengths: list[int] = []  # 0 where it cannot be read
-    for row in reader.rows(TEXT):
-        encoded = prompts.try_encode(row.prompt, row.answer)
-        if encoded is None or encoded.answer_start == 0 or max(encoded.input_ids) >= (vocab_size or math.inf):
-            lengths.append(0)
-        else:
-            lengths.append(len(encoded.input_ids))
-        if report is not None:
-            report()
-    rows = [index for index, length in enumerate(lengths) if length and (window is None or length <= window)]
-    unreadable = lengths.count(0)
-    if not rows:
-        found = "the cache has no rows" if not lengths else f"it can read none of the {len(lengths)} examples at all"
-        if unreadable < len(lengths):
-            shortest = min(length for length in lengths if length)
-            found = f"the shortest of {len(lengths)} examples has {shortest} tokens"
-        raise DataError(
-            f"no example fits the student {prompts.tokenizer.name_or_path}, which reads {window} tokens: {found}; "
-            "use a student with a longer window, or a task with shorter examples"
-        )
-    return Usable(rows, len(lengths) - len(rows) - unreadable, unreadable, max(lengths))
 
 
 def _moved(group: G, device: torch.device) -> G:

@@ -110,16 +110,6 @@ class Group:
             )
         return [replace(arm, done=done) for arm, done in zip(arms, found[0][2], strict=True)]
 
-    def same(self, what: str, value: str) -> None:
-        """Raise RunError where `value`, a digest of `what`, is not that of the main process."""
-        found = self.gather((socket.gethostname(), value))
-        other = [f"process {rank} on {host}" for rank, (host, theirs) in enumerate(found) if theirs != found[0][1]]
-        if other:
-            raise RunError(
-                f"{what}: those of {', '.join(other)} are not those of process 0 on {found[0][0]}; "
-                "every machine needs a copy of the same cache and of the same models"
-            )
-
     def share(self, student: Student, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Give every process the main one's adapter and optimizer state after `step` steps, to the bit."""
         if self.ranks == 1:

@@ -8,7 +8,6 @@ process group and one sum over it; its wrappers for models, optimizers and sched
 An arm that fails is set aside, with what is to be done about it, and the others are trained.
 """
 
-import hashlib
 import math
 import sys
 import time
@@ -34,11 +33,12 @@ from pipeline.run_dir import RunDir
 from pipeline.sections import Arm, Train
 from stage2_student import checkpoint, coverage
 from stage2_student.arms import ArmPlan, StudentPlan, alignment_of, claimed
-from stage2_student.batches import Batch, Collator, Usable, usable_rows
+from stage2_student.batches import Batch, Collator
 from stage2_student.group import CONTAINED, Group, GroupBroken
 from stage2_student.metrics import MetricsLog
 from stage2_student.order import batch_indices, rank_slice, seed_of
 from stage2_student.student import Student
+from stage2_student.usable import Usable, lengths, usable_rows
 
 COMPONENTS = ("ce", "logit_mse", "kl", "uld")
 
@@ -97,11 +97,12 @@ def prepared(recipe: Recipe, reader: CacheReader, arms: Sequence[ArmPlan], group
     plan: StudentPlan = arms[0].student
     with group.agree():
         student = Student(plan.source, recipe.students[plan.name], arms[0].run.seed, group.accelerator.device)
-        with progress(f"{plan.name} lengths", len(reader), "examples") if group.main else nullcontext() as bar:
-            report = bar.advance if bar is not None else None
-            usable = usable_rows(reader, plan.prompts, student.window, report, student.vocab_size)
-    group.same(f"{plan.name}: the examples to train on", hashlib.sha256(repr(usable.rows).encode()).hexdigest())
+        mine = rank_slice(range(len(reader)), group.rank, group.ranks)
+        with progress(f"{plan.name} lengths", len(mine), "examples") if group.main else nullcontext() as bar:
+            found = lengths(reader, plan.prompts, mine, student.vocab_size, bar.advance if bar else lambda: None)
+    found = [length for part in group.gather(found) for length in part]
     with group.agree():
+        usable = usable_rows(found, plan.prompts, student.window)
         if group.main:
             print(
                 f"{plan.name}: an adapter of {student.parameter_count:,} parameters, "

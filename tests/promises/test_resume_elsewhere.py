@@ -17,9 +17,9 @@ from pipeline.run_dir import ArmDir, RunDir
 from pipeline.sections import Train
 from stage2_student import train
 from stage2_student.__main__ import main
-from stage2_student.batches import Usable
 from stage2_student.checkpoint import ADAPTER
 from stage2_student.train import loader
+from stage2_student.usable import Usable
 
 PROMISE = "Resume on another number of processes trains on the same global batches"
 

@@ -18,7 +18,8 @@ from pipeline.models import ModelSource, load_tokenizer
 from pipeline.prompts import PromptBuilder
 from pipeline.recipe import load_recipe
 from pipeline.sections import Arm
-from stage2_student.batches import Collator, usable_rows
+from stage2_student.batches import Collator
+from stage2_student.usable import Usable, lengths, usable_rows
 
 DISTILL = Arm(ce=1.0, logit_mse=0.5)
 
@@ -175,17 +176,22 @@ def test_a_vocabulary_too_small_for_the_cache_is_refused(tmp_path: Path) -> None
         collator.read([0], 1)
 
 
+def usable_of(reader: CacheReader, prompts: PromptBuilder, window: int | None, vocab_size: int | None = None) -> Usable:
+    """As one process finds them."""
+    return usable_rows(lengths(reader, prompts, range(len(reader)), vocab_size), prompts, window)
+
+
 def test_what_does_not_fit_the_window_is_dropped_and_counted(tmp_path: Path) -> None:
     reader, prompts = opened(tmp_path), prompts_of(tmp_path / "model")
-    lengths = [len(prompts.encode(row.prompt, row.answer).input_ids) for row in reader.read(range(len(reader)))]
-    window = sorted(lengths)[10]
-    usable = usable_rows(reader, prompts, window)
-    assert usable.rows == [i for i, length in enumerate(lengths) if length <= window]
+    plain = [len(prompts.encode(row.prompt, row.answer).input_ids) for row in reader.read(range(len(reader)))]
+    window = sorted(plain)[10]
+    usable = usable_of(reader, prompts, window)
+    assert usable.rows == [i for i, length in enumerate(plain) if length <= window]
     assert usable.dropped == len(reader) - len(usable.rows) > 0
-    assert usable.longest == max(lengths)
-    assert usable_rows(reader, prompts, None).dropped == 0
-    with pytest.raises(DataError, match=f"reads 5 tokens: the shortest of {len(reader)} examples has {min(lengths)}"):
-        usable_rows(reader, prompts, 5)
+    assert usable.longest == max(plain)
+    assert usable_of(reader, prompts, None).dropped == 0
+    with pytest.raises(DataError, match=f"reads 5 tokens: the shortest of {len(reader)} examples has {min(plain)}"):
+        usable_of(reader, prompts, 5)
 
 
 def test_what_a_student_cannot_read_is_dropped_and_counted(tmp_path: Path) -> None:
@@ -198,16 +204,16 @@ def test_what_a_student_cannot_read_is_dropped_and_counted(tmp_path: Path) -> No
     assert 0 < len(named) < len(rows)
     tokenizer.add_tokens([name])
     vocab_size = tokenizer.convert_tokens_to_ids(name)
-    usable = usable_rows(reader, PromptBuilder(tokenizer), None, vocab_size=vocab_size)
+    usable = usable_of(reader, PromptBuilder(tokenizer), None, vocab_size=vocab_size)
     assert (usable.rows, usable.unreadable) == ([i for i in range(len(rows)) if i not in named], len(named))
-    assert usable_rows(reader, PromptBuilder(tokenizer), None, vocab_size=vocab_size + 1).dropped == 0  # the control
+    assert usable_of(reader, PromptBuilder(tokenizer), None, vocab_size=vocab_size + 1).dropped == 0  # the control
     refuses = f"{{{{ raise_exception('no') if '{name}' in messages[0].content else '' }}}}"
     tokenizer.chat_template = refuses + tokenizer.chat_template
     refused = [i for i, row in enumerate(rows) if name in row.prompt]
-    usable = usable_rows(reader, PromptBuilder(tokenizer), None)
+    usable = usable_of(reader, PromptBuilder(tokenizer), None)
     assert (usable.rows, usable.unreadable) == ([i for i in range(len(rows)) if i not in refused], len(refused))
     tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content not in ('.', 'quokka', '0', 'a') }}" + (
         toys.CHAT_TEMPLATE
     )
     with pytest.raises(DataError, match=f"it can read none of the {len(rows)} examples at all"):
-        usable_rows(reader, PromptBuilder(tokenizer), None)
+        usable_of(reader, PromptBuilder(tokenizer), None)
