@@ -39,6 +39,7 @@ ASSUMED = {
     "upload, MB/s a worker": 200,
     "GETs in flight when sealing": 32,
     "student, positions/s a GPU": 3_549,
+    "student's tokenizer, examples/s a process": 5_000,
     "download, MB/s a machine of 8 GPUs": 1_000,
 }
 
@@ -275,6 +276,12 @@ def of_size(manifest: Manifest, workers: int, bytes_per_position: float) -> list
         row("requests of stage 1", sum(bucket.requests.values()), "", note=str(bucket.requests)),
         row("sealing", seal_s, "s", note="GETs of all commit records"),
         row("opening", open_s, "s", note=f"measured, a seal of {seal_bytes / 1e6:.0f} MB; its download not counted"),
+        row(
+            "before the first step: lengths of all examples",
+            manifest.examples / workers / ASSUMED["student's tokenizer, examples/s a process"],
+            "s",
+            note="every process measures its part; each machine downloads its part of the shards for it",
+        ),
         row("order of an epoch", order_s, "s", note="measured"),
         row("download, each machine, an epoch", download_s / 60, "min", note=f"an epoch takes {epoch_s / 60:.0f} min"),
     ]
