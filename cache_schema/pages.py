@@ -69,8 +69,17 @@ def _header(name: str, data: bytes) -> tuple[_Header, int]:
     """A page's header and its size. ValueError where it is none, or lacks what every page here has."""
     try:
         header, size = _struct(data, 0)
-        inner = header[{_DATA: 5, _DICTIONARY: 7}.get(header[1], 5)]
-        _ = header[2], header[3], header[4], inner[1], inner[2], header[1] == _DICTIONARY or (inner[3], inner[4])
+        data_page = header[1] != _DICTIONARY
+        inner = header[5 if data_page else 7]
+        needed = [
+            header[1],
+            header[2],
+            header[3],
+            header[4],
+            *(inner[i] for i in ((1, 2, 3, 4) if data_page else (1, 2))),
+        ]
+        if not all(type(number) is int for number in needed):
+            raise TypeError(name)
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{name} has a page whose header cannot be read, or has no checksum") from error
     return header, size
