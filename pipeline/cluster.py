@@ -7,9 +7,12 @@ tried again, is decided by `handout`. Only this module imports ray.
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -201,13 +204,10 @@ def connect(executor: str) -> tuple[Any, bool]:
     try:
         if executor != "ray":
             ray.init(executor, **quiet)
+        elif found := _cluster_here():
+            ray.init(found, **quiet)
         else:
-            try:
-                ray.init("auto", **quiet)  # the one of RAY_ADDRESS or of `ray start` on this machine
-            except ConnectionError:
-                if os.environ.get("RAY_ADDRESS"):
-                    raise
-                ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+            ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = executor if executor != "ray" else os.environ.get("RAY_ADDRESS", "this machine")
         raise RunError(
@@ -216,6 +216,32 @@ def connect(executor: str) -> tuple[Any, bool]:
             "or work in this process: --executor local"
         ) from None
     return ray, True
+
+
+def _cluster_here() -> str | None:
+    """The address in RAY_ADDRESS, or that of `ray start` on this machine; None where there is neither.
+
+    Asked for "auto", Ray would take any cluster that runs here: another program's, which ends when that does. And where
+    nobody answers it ends the process after a while, so that is looked at here. Raises ConnectionError.
+    """
+    if address := os.environ.get("RAY_ADDRESS"):
+        if address.count(":") == 1 and not _answers(address):
+            raise ConnectionError("nobody answers there")
+        return address
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 (Ray's own default)
+    with suppress(OSError):
+        address = (Path(folder) / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip()
+        return address if _answers(address) else None  # what is left of one that was killed
+    return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def placement(

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import toys
 
+from pipeline import cluster
+from pipeline.errors import RunError
+
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).parent.parent.parent
 ENV = os.environ | {
@@ -86,12 +89,42 @@ def test_a_client_of_a_cluster_makes_the_local_executors_cache_and_table(address
 
 
 def test_a_cluster_that_is_not_there_is_said(monkeypatch):
-    from pipeline.cluster import connect
-    from pipeline.errors import RunError
-
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(
         ray, "init", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("connection timeout"))
     )
     with pytest.raises(RunError, match=r"no connection to the Ray cluster at ray://nowhere:1: connection timeout; see"):
-        connect("ray://nowhere:1")
+        cluster.connect("ray://nowhere:1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_whole_pipeline_on_a_cluster_made_for_it_ends_with_the_local_table(tmp_path):
+    """Stages 1 and 3 make a cluster of their own each, and end it; stage 2 runs as ever."""
+    recipe = toys.tiny_recipe(tmp_path)
+    for name, extra in (("local", []), ("ray", ["--executor", "ray", "--set", "runtime.workers=2"])):
+        settings = ["--set", f"cache.dir={tmp_path / name / 'cache'}", "--set", f"run_dir={tmp_path / name / 'run'}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", "run", "--recipe", str(recipe), *settings, *extra],
+            cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("2 workers on a Ray cluster of 1 machines") == (2 if extra else 0)
+    tables = [(tmp_path / name / "run" / "report" / "table.md").read_text() for name in ("local", "ray")]
+    assert tables[0] == tables[1]
+
+
+def test_what_is_left_of_a_dead_cluster_is_not_joined_and_a_named_one_is_said(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert cluster._cluster_here() is None
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        assert cluster._cluster_here() == address
+    assert cluster._cluster_here() is None
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(RunError, match=f"no connection to the Ray cluster at {address}: nobody answers there"):
+        cluster.connect("ray")
