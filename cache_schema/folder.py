@@ -97,7 +97,7 @@ class Folder(Store):
             atomic.remove_temporaries(folder)
         shutil.rmtree(self.root / layout.CLAIMS, ignore_errors=True)
 
-    def open_data(self, file: str, sha256: str) -> Any:
+    def open_data(self, file: str, sha256: str, size: int) -> Any:
         import pyarrow as pa
 
         path = self.root / layout.data(file)

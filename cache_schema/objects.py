@@ -129,13 +129,18 @@ class ObjectStore(Store):
         for plain in self.listing(layout.CLAIMS):
             self.remove(f"{layout.CLAIMS}/{plain}")
 
-    def open_data(self, file: str, sha256: str) -> Any:
+    def open_data(self, file: str, sha256: str, size: int) -> Any:
         import pyarrow as pa
 
         def fetch(path: Path) -> None:
+            key = self._key(layout.data(file))
             try:
                 with self._asking(f"reading {file}"):
-                    self._fs.get_file(self._key(layout.data(file)), str(path))
+                    there = self._fs.info(key, refresh=True)["size"]
+                if there != size:  # told before it fills the disk
+                    raise ValueError(f"it has {there} bytes, its commit record says {size}")
+                with self._asking(f"reading {file}"):
+                    self._fs.get_file(key, str(path))
             except FileNotFoundError:
                 raise ValueError("there is no such file") from None
             with path.open("rb") as copy:

@@ -280,7 +280,7 @@ class ShardFile:
     @contextmanager
     def opened(self) -> Iterator[Any]:
         """The file, open; whatever goes wrong inside is a CorruptShard that names it."""
-        with self.reading(), self._store.open_data(self._record.file, self._record.sha256) as file:
+        with self.reading(), self._store.open_data(self._record.file, self._record.sha256, self._record.bytes) as file:
             yield file
 
     @contextmanager

@@ -82,10 +82,11 @@ class Store(ABC):
         """Remove what crashed writers left, claims included. A slow writer that is alive sees FileNotFoundError."""
 
     @abstractmethod
-    def open_data(self, file: str, sha256: str) -> Any:
-        """A data file, by its plain name, as an open `pyarrow.NativeFile` of this machine. Its content is not checked.
+    def open_data(self, file: str, sha256: str, size: int) -> Any:
+        """A data file, by its plain name, as an open `pyarrow.NativeFile` of this machine.
 
-        sha256: what it should be, for a store that keeps copies. Raises ValueError where it is no plain file.
+        sha256, size: what they should be; a store that keeps copies checks them. Raises ValueError where it is no
+        plain file, or not the one meant.
         """
 
     @abstractmethod

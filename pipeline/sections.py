@@ -82,19 +82,23 @@ class Cache(Section):
         description="which logits of a position are kept. topk: the largest; sampled: those of ids drawn from the "
         "teacher's softmax at the first of `temperatures`, an unbiased estimate of it, for kl alone",
     )
-    top_k: int = Field(256, ge=1, description="how many; sampled: how many draws, and so at most as many ids")
+    top_k: int = Field(256, ge=1, le=2**22, description="how many; sampled: how many draws, and so at most as many ids")
     sample_seed: int = Field(0, ge=0, description="sampled: seeds the draws of a position (hashed with sampled alone)")
-    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
-        [1.0], description="those with exact normalisers; sampled: ids are drawn at the first, the largest in use"
+    temperatures: list[Annotated[float, Field(ge=1e-6, le=1e6)]] = Field(
+        [1.0],
+        max_length=64,
+        description="those with exact normalisers; sampled: ids are drawn at the first, the largest in use",
     )
-    step: float = Field(0.015625, gt=0, description="quantisation step of a logit, a power of two")
+    step: float = Field(0.015625, ge=2.0**-24, le=2.0**24, description="quantisation step of a logit, a power of two")
     codec: Literal["fine", "small"] = Field(
         "fine", description="fine: every rank to step/2; small: those 4 logits and more below the first to 4 steps"
     )
     store_ids: bool = Field(
         True, description="false: only for rank-ordered losses; that is the default of a seq2seq teacher"
     )
-    shard_examples: int = Field(256, ge=1, description="examples in a shard: the unit of work and of loss when stopped")
+    shard_examples: int = Field(
+        256, ge=1, le=2**20, description="examples in a shard: the unit of work and of loss when stopped"
+    )
 
     @model_validator(mode="after")
     def _sane(self) -> "Cache":

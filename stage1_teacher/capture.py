@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache_schema.bounds import MAX_ROW_VALUES
 from cache_schema.codec import usable_positions
 from cache_schema.schema import CacheRow, QuarantinedExample, Status
 from pipeline.data import Shots
@@ -106,8 +107,9 @@ class Capture:
 
         The last token is never read, only predicted, so a window of W serves W + 1 tokens. An answer that goes beyond
         is cut there: its later positions are in the ledger as `cut`. One that no prompt would leave room for is not
-        kept at all: it would be a row of nothing but cut positions, as large as its text is long. An id that the model
-        has no row for, which a tokenizer with added tokens can give, would stop the whole batch.
+        kept at all: it would be a row of nothing but cut positions, as large as its text is long; nor is one of more
+        numbers than the format allows a row. An id that the model has no row for, which a tokenizer with added tokens
+        can give, would stop the whole batch.
         """
         readable, window = len(encoded.input_ids), self.teacher.window
         if window is not None:
@@ -120,6 +122,8 @@ class Capture:
             return "prompt_exceeds_window", readable
         if window is not None and len(encoded.answer_ids) > window + 1:
             return "answer_exceeds_window", readable
+        if len(encoded.answer_ids) * max(self.top_k, len(self.temperatures), 2) > MAX_ROW_VALUES:
+            return "answer_too_long", readable
         if max([*encoded.input_ids, *encoded.encoder_ids]) >= self.teacher.vocab_size:
             return "id_beyond_vocabulary", readable
         return "", readable

@@ -268,6 +268,16 @@ def test_a_download_that_arrives_altered_is_never_a_copy(toy, bucket, copies, tr
     tried(fault.met, f"downloads: {kind}")
 
 
+def test_an_object_of_another_size_is_not_downloaded(toy, bucket, copies):
+    """A stranger's record of 4 kB may name an object of a terabyte."""
+    toy.build(bucket.cache)
+    victim = next(name for name in bucket.objects() if name.startswith("shards/00001-"))
+    bucket.client.put_object(Bucket=bucket.name, Key=f"some/cache/{victim}", Body=bytes(1 << 20))
+    with pytest.raises(CorruptShard, match=f"it has {1 << 20} bytes, its commit record says"):
+        CacheReader.open(bucket.cache, copies=copies).read([3])
+    assert not [path for method, path in bucket.proxy.seen if method == "GET" and victim in path]
+
+
 @pytest.mark.promise(TORN)
 def test_repair_in_an_object_store(toy, bucket, copies, tried):
     toy.build(bucket.cache)
