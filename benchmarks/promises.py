@@ -22,22 +22,12 @@ from typing import Any
 from harness import RESULTS, commit, machine
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+import promised  # noqa: E402
+
 README, RESULT = ROOT / "README.md", RESULTS / "promises.json"
 BEGIN, END = "<!-- promises: begin -->", "<!-- promises: end -->"
-PROMISES = (
-    "A crash at any system call leaves the old or the new state, never a third",
-    "A crashed and resumed cache or student equals an uninterrupted one, byte for byte",
-    "A torn or altered file is never read as data; the shard is named, repair sets aside only it, stage 1 redoes only it",
-    "No space, no permission, read-only: an error in bounded time, nothing half published",
-    "Two writers on one cache: each shard has one winner, the loser goes on or leaves clean",
-    "A stale teacher, tokenizer, template, shot, K, temperature, data row: refused, with the field named",
-    "Resume on another number of processes trains on the same global batches",
-    "Poisoned examples are quarantined with a reason; written + quarantined = input",
-    "A cache from a stranger cannot run code, read outside its folder or exhaust memory",
-    "An adapter or model folder from a stranger cannot run code",
-    "Generated code cannot write outside its folder, reach the network, outlive its limit or forge a pass",
-    "A worker that dies on another machine loses its shard in work only",
-)
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -52,7 +42,7 @@ def run(quick: bool) -> dict[str, Any]:
         seconds = time.monotonic() - started
         if not report.is_file():
             sys.exit("the tests could not be run; see above")
-        found = {promise: _Found() for promise in PROMISES}
+        found = {promise: _Found() for promise in promised.ALL}
         for case in ET.parse(report).iter("testcase"):  # noqa: S314
             _add(found, case)
     missing = [promise for promise, proof in found.items() if not proof.tests]

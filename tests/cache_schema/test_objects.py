@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import promised
 import pytest
 import s3
 from s3 import Fault
@@ -22,12 +23,6 @@ from cache_schema.store import open_store
 from cache_schema.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # boto's and moto's
-WINNER = "Two writers on one cache: each shard has one winner, the loser goes on or leaves clean"
-CRASH = "A crash at any system call leaves the old or the new state, never a third"
-TORN = (
-    "A torn or altered file is never read as data; the shard is named, "
-    "repair sets aside only it, stage 1 redoes only it"
-)
 
 
 @dataclass
@@ -127,7 +122,7 @@ def test_what_is_missing_or_another_is_said_so(toy, make_toy, bucket, copies):
 # --- commits ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.promise(CRASH)
+@pytest.mark.promise(promised.CRASH)
 @pytest.mark.parametrize("kind", ["lose the request", "lose the answer", "busy", "conflict"])
 def test_an_ambiguous_answer_is_settled_by_reading(toy, bucket, tried, tmp_path, kind):
     """Whatever happens to a PUT once, the cache ends the same; a commit whose answer was lost is not done twice."""
@@ -142,7 +137,7 @@ def test_an_ambiguous_answer_is_settled_by_reading(toy, bucket, tried, tmp_path,
     tried(len(faults), f"requests of a commit: {kind}")
 
 
-@pytest.mark.promise(CRASH)
+@pytest.mark.promise(promised.CRASH)
 def test_a_store_that_stays_away_is_an_error_and_loses_nothing(toy, bucket, tried):
     """The record's PUT fails for good: an error in bounded time; the same command later finishes the cache."""
     writer = toy.writer(bucket.cache)
@@ -173,7 +168,7 @@ def test_an_answer_lost_to_the_one_who_was_second(toy, bucket):
     assert [name for name in bucket.objects() if name.endswith(".parquet")] == [f"shards/{won.file}"]
 
 
-@pytest.mark.promise(WINNER)
+@pytest.mark.promise(promised.ONE_WINNER)
 @pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_eight_writers_of_other_bytes(make_toy, bucket, tried, rounds):
     """All write all shards, each with rows of its own; a record has one winner, and the seal leaves its files alone."""
@@ -233,7 +228,7 @@ def test_claims_are_objects_too(toy, bucket):
     assert not [name for name in bucket.objects() if name.startswith("claims/")]
 
 
-@pytest.mark.promise(TORN)
+@pytest.mark.promise(promised.TORN)
 @pytest.mark.parametrize("kind", ["lose the request", pytest.param("busy", marks=pytest.mark.slow)])
 def test_an_upload_in_parts_that_breaks_off_is_not_there(bucket, tried, kind):
     """120 MB go up in parts of 50, one is lost for good: nothing has the name, no part is kept, a new try succeeds."""
@@ -253,7 +248,7 @@ def test_an_upload_in_parts_that_breaks_off_is_not_there(bucket, tried, kind):
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.promise(TORN)
+@pytest.mark.promise(promised.TORN)
 @pytest.mark.parametrize("kind", ["alter the answer", "cut the answer"])
 def test_a_download_that_arrives_altered_is_never_a_copy(toy, bucket, copies, tried, kind):
     """For good: the shard is named, or the network is. Once: the rows are right in the end."""
@@ -278,7 +273,7 @@ def test_an_object_of_another_size_is_not_downloaded(toy, bucket, copies):
     assert not [path for method, path in bucket.proxy.seen if method == "GET" and victim in path]
 
 
-@pytest.mark.promise(TORN)
+@pytest.mark.promise(promised.TORN)
 def test_repair_in_an_object_store(toy, bucket, copies, tried):
     toy.build(bucket.cache)
     before = bucket.objects()

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import promised
 import pytest
 
 from cache_schema.claims import STALE_AFTER_S, Claims
@@ -85,7 +86,7 @@ for last in range(1000):
 """
 
 
-@pytest.mark.promise("A crash at any system call leaves the old or the new state, never a third")
+@pytest.mark.promise(promised.CRASH)
 def test_killed_at_every_step_then_resumed(make_toy, tmp_path, monkeypatch, tried):
     """SIGKILL before each call that touches the disk, one run each: a second run always ends the same."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
@@ -155,7 +156,7 @@ def test_every_name_lasts_before_the_next_one_relies_on_it(toy, tmp_path, monkey
 # --- races -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.promise("Two writers on one cache: each shard has one winner, the loser goes on or leaves clean")
+@pytest.mark.promise(promised.ONE_WINNER)
 def test_the_winner_may_sweep_the_losers_seal_at_any_moment(toy, tmp_path, monkeypatch, tried):
     """Two seal at once: one creates sealed.json and tidies up between the other's attempt and its look at why."""
     folder, link = tmp_path / "c", os.link
@@ -175,7 +176,7 @@ def test_the_winner_may_sweep_the_losers_seal_at_any_moment(toy, tmp_path, monke
     tried(1, "seals overtaken by another")
 
 
-@pytest.mark.promise("Two writers on one cache: each shard has one winner, the loser goes on or leaves clean")
+@pytest.mark.promise(promised.ONE_WINNER)
 def test_loser_takes_the_winners_record(toy, tmp_path, monkeypatch, tried):
     """Another writer commits just before our record: its record is returned, our file goes, in that order."""
     folder = tmp_path / "c"
@@ -201,7 +202,7 @@ def test_loser_with_the_same_bytes_leaves_the_winners_file(toy, tmp_path):
     assert verify(tmp_path / "c").good
 
 
-@pytest.mark.promise("Two writers on one cache: each shard has one winner, the loser goes on or leaves clean")
+@pytest.mark.promise(promised.ONE_WINNER)
 def test_sealed_under_a_slow_writer(toy, tmp_path, monkeypatch, tried):
     """The seal sweeps temporary files, a living loser's too: it then finds the winner's record and is content."""
     folder = tmp_path / "c"
@@ -433,7 +434,7 @@ except StorageError as error:
 """
 
 
-@pytest.mark.promise("No space, no permission, read-only: an error in bounded time, nothing half published")
+@pytest.mark.promise(promised.REFUSED)
 def test_file_size_limit(make_toy, tmp_path, tried):
     code, errors = finish(start(LIMITED, tmp_path / "c"))
     assert code == 2 and "File too large" in errors and "free there" in errors

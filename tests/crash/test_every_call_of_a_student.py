@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import crashes
+import promised
 import pytest
 import toys
 from crashes import run_content
@@ -19,8 +20,6 @@ from syscalls import Point, inject, needs_strace, trace
 from pipeline.recipe import load_recipe
 from stage2_student.checkpoint import complete_steps
 
-CRASH = "A crash at any system call leaves the old or the new state, never a third"
-REFUSED = "No space, no permission, read-only: an error in bounded time, nothing half published"
 TWO_STEPS = {"steps": 2, "save_every": 1}
 EACH = [
     pytest.param(20, id="every 20th"),
@@ -77,7 +76,7 @@ def resumed(stages, recipe: Path, run: Path) -> dict[str, object]:
     return run_content(run)
 
 
-@pytest.mark.promise(CRASH)
+@pytest.mark.promise(promised.CRASH)
 @pytest.mark.parametrize("stride", EACH)
 def test_killed_at_every_call(stages, recipe, clean, tmp_path, tried, stride):
     expected, points = clean
@@ -106,7 +105,7 @@ def test_control_a_checkpoint_written_in_place_is_caught(stages, recipe, clean, 
         sound(run, expected)
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 @pytest.mark.parametrize("stride", EACH)
 def test_refused_at_every_call(stages, recipe, clean, tmp_path, tried, stride):
     """ENOSPC, or EIO, once: an error that says so, or a call that was not needed; another run ends the same."""

@@ -10,16 +10,13 @@ import random
 from pathlib import Path
 
 import crashes
+import promised
 import pytest
 from crashes import cache_sound
 from forks import ForkServer
 from syscalls import NotHit, Point, inject, inject_once, needs_strace, trace
 
 from cache_schema.verify import verify
-
-CRASH = "A crash at any system call leaves the old or the new state, never a third"
-EQUAL = "A crashed and resumed cache or student equals an uninterrupted one, byte for byte"
-REFUSED = "No space, no permission, read-only: an error in bounded time, nothing half published"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +41,7 @@ def resumed(writers: ForkServer, cache: Path) -> dict[str, bytes]:
     return contents(cache)
 
 
-@pytest.mark.promise(CRASH)
+@pytest.mark.promise(promised.CRASH)
 def test_killed_at_every_call(writers, clean, tmp_path, tried):
     """What is committed grows from call to call and is sound at each; another run always ends the same."""
     expected, points = clean
@@ -70,7 +67,7 @@ def test_control_a_record_written_in_place_is_caught(writers, tmp_path):
         cache_sound(cache)
 
 
-@pytest.mark.promise(EQUAL)
+@pytest.mark.promise(promised.EQUAL)
 @pytest.mark.parametrize("runs", [pytest.param(10, id="10 runs"), pytest.param(200, id="200 runs", marks=crashes.LONG)])
 def test_killed_again_and_again(writers, clean, tmp_path, tried, runs):
     """Every resumed run is killed too, at a call drawn anew, until one gets through."""
@@ -100,7 +97,7 @@ def killed_if_it_gets_there(writers: ForkServer, cache: Path, point: Point) -> i
         return other.outcome.code
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize(
     ("errors", "stride"),

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import crashes
+import promised
 import pytest
 import toys
 from crashes import SmallDisk, cache_content, cache_sound, run_content
@@ -22,7 +23,6 @@ from syscalls import inject_in_threads, needs_strace
 from cache_schema.verify import verify
 from stage3_eval import predictions
 
-REFUSED = "No space, no permission, read-only: an error in bounded time, nothing half published"
 ROOMY = "size=64m"
 
 
@@ -40,7 +40,7 @@ def temporaries(folder: Path) -> list[Path]:
 # --- a cache's writer ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 @pytest.mark.parametrize(
     "limits",
     [
@@ -73,7 +73,7 @@ def test_a_writer_on_a_full_disk(writers, tmp_path, tried, limits):
     tried(codes.count(2), "full disks under a cache's writer")
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 def test_a_writer_on_a_read_only_disk(writers, tmp_path, tried):
     """An empty one, one with half a cache, one with a whole one: to find that there is nothing to do is no error."""
     with SmallDisk(tmp_path / "disk", "size=32k") as disk:
@@ -105,7 +105,7 @@ def forbidden(folder: Path) -> Iterator[None]:
         folder.chmod(0o755)
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 @pytest.mark.parametrize("where", ["above", "cache", "shards", "claims"])
 def test_a_writer_without_permission(writers, tmp_path, tried, where):
     folder, cache = tmp_path / "above", tmp_path / "above" / "cache"
@@ -147,7 +147,7 @@ def stage2(clean: Path, run: Path) -> list[str]:
     return ["stage2_student", "--recipe", str(clean / "recipe.yaml"), "--set", f"run_dir={run}"]
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 def test_stage_1_on_a_full_disk(stages, clean, tmp_path, tried):
     """Some shards have room. They are kept, as they are."""
     with SmallDisk(tmp_path / "disk", "size=100k") as disk:
@@ -165,7 +165,7 @@ def test_stage_1_on_a_full_disk(stages, clean, tmp_path, tried):
     tried(2, "full or read-only disks under stage 1")
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 @pytest.mark.parametrize(
     ("call", "where", "code", "words"),
     [
@@ -189,7 +189,7 @@ def test_stage_1_when_its_writing_thread_is_refused(stages, clean, tmp_path, tri
     tried(len(in_thread), "calls refused in the thread of stage 1 that writes")
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 @pytest.mark.parametrize(
     "sizes",
     [pytest.param([4, 120], id="2 sizes"), pytest.param(range(4, 200, 8), id="all", marks=crashes.LONG)],
@@ -212,7 +212,7 @@ def test_stage_2_on_a_full_disk(stages, clean, tmp_path, tried, sizes):
     tried(codes.count(2), "full disks under stage 2")
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 def test_stage_2_on_a_read_only_disk_and_over_the_file_size_limit(stages, clean, tmp_path, tried):
     with SmallDisk(tmp_path / "disk", ROOMY) as disk:
         disk.remount("ro")
@@ -240,7 +240,7 @@ def answers(run: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 @pytest.mark.parametrize(
     "sizes",
     [pytest.param([4, 32], id="2 sizes"), pytest.param([0, *range(4, 260, 12)], id="all", marks=crashes.LONG)],
@@ -273,7 +273,7 @@ def test_stage_3_on_a_full_disk(stages, clean, tmp_path, tried, sizes):
     tried(codes.count(2) + 1, "full or read-only disks under stage 3")
 
 
-@pytest.mark.promise(REFUSED)
+@pytest.mark.promise(promised.REFUSED)
 def test_stages_without_permission(stages, clean, tmp_path, tried):
     run = tmp_path / "run"
     for folder, command in ((tmp_path, stage1(clean, tmp_path / "cache")), (run, stage2(clean, run))):

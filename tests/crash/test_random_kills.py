@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import crashes
+import promised
 import pytest
 import toys
 from crashes import cache_content, cache_sound, run_content
 from forks import HANG_S, ForkServer
 
-EQUAL = "A crashed and resumed cache or student equals an uninterrupted one, byte for byte"
 KILLS = [pytest.param(2, id="2 kills"), pytest.param(60, id="60 kills", marks=crashes.LONG)]
 
 
@@ -70,7 +70,7 @@ def killed_until_done(
     return kills
 
 
-@pytest.mark.promise(EQUAL)
+@pytest.mark.promise(promised.EQUAL)
 @pytest.mark.parametrize("wanted", KILLS)
 def test_stage_1_killed_at_random_moments(stages, clean, tmp_path, tried, wanted):
     seed = random.randrange(2**32)
@@ -91,7 +91,7 @@ def names(cache: Path) -> list[str]:
     return sorted(str(path) for path in cache.rglob("*") if not path.name.startswith(".tmp"))
 
 
-@pytest.mark.promise(EQUAL)
+@pytest.mark.promise(promised.EQUAL)
 @pytest.mark.parametrize("wanted", KILLS)
 def test_stage_2_killed_at_random_moments(stages, clean, tmp_path, tried, wanted):
     seed = random.randrange(2**32)

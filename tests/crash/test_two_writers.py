@@ -10,14 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import crashes
+import promised
 import pytest
 from forks import ForkServer
 from syscalls import needs_strace, stalled, trace
 
 from cache_schema.reader import CacheReader
 from cache_schema.verify import verify
-
-ONE_WINNER = "Two writers on one cache: each shard has one winner, the loser goes on or leaves clean"
 
 RACER = (
     crashes.LOAD_TOY
@@ -51,7 +50,7 @@ def racers(tmp_path_factory):
         yield server
 
 
-@pytest.mark.promise(ONE_WINNER)
+@pytest.mark.promise(promised.ONE_WINNER)
 @pytest.mark.parametrize(
     "rounds",
     [pytest.param(10, id="10 rounds"), pytest.param(300, id="300 rounds", marks=crashes.LONG)],
@@ -78,7 +77,7 @@ def test_eight_processes_race(racers, tmp_path, tried, rounds):
     tried(8 * rounds, f"processes in {rounds} races for every shard, lost {lost} times")
 
 
-@pytest.mark.promise(ONE_WINNER)
+@pytest.mark.promise(promised.ONE_WINNER)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("stride", [pytest.param(6, id="every 6th"), pytest.param(1, id="all", marks=crashes.LONG)])
 def test_a_stalled_writer_wakes_up_late(writers, tmp_path, tried, stride, before):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import boto3
+import promised
 import pytest
 import s3
 import toys
@@ -66,7 +67,7 @@ def adapters(run_dir: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.promise("A crashed and resumed cache or student equals an uninterrupted one, byte for byte")
+@pytest.mark.promise(promised.EQUAL)
 def test_stage1_killed_while_it_writes_to_a_bucket(local, bucket, tried):
     """SIGKILL once some shards are committed; the second run makes the rest, and the objects are the disk's files."""
     command = [sys.executable, "-m", "stage1_teacher", "--recipe", str(local / "recipe.yaml")]

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import promised
 import pytest
 import toys
 
@@ -27,7 +28,6 @@ from stage1_teacher.__main__ import main
 from stage1_teacher.plan import planned
 
 ray = pytest.importorskip("ray")
-PROMISE = "A worker that dies on another machine loses its shard in work only"
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def killed_and_compared(clean, cache, arguments, moments, out) -> int:
     return len(died)
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.DEAD_WORKER)
 def test_a_worker_killed_in_the_middle_of_a_shard_loses_that_shard_only(clean, arguments, tmp_path, capsys, tried):
     out = lambda: capsys.readouterr().out  # noqa: E731
     count = killed_and_compared(clean, tmp_path / "cache", arguments, [("claim", 0.03)], out)
@@ -157,7 +157,7 @@ def test_without_handing_it_out_again_a_dead_workers_shard_is_missing(clean, arg
 
 
 @pytest.mark.slow
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.DEAD_WORKER)
 @pytest.mark.timeout(1500)
 def test_workers_killed_at_many_moments(clean, arguments, tmp_path, capsys, tried):
     count, rng = 0, random.Random(0)

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import promised
 import pytest
 import toys
 from toy_adapters import write_checkpoint
@@ -19,8 +20,6 @@ from pipeline.run_dir import RunDir
 from stage3_eval import predictions
 from stage3_eval.__main__ import main
 from stage3_eval.generate.hf import HFEngine
-
-PROMISE = "A worker that dies on another machine loses its shard in work only"
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +143,7 @@ def kill_in_work(count, killed):
                 time.sleep(1)
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.DEAD_WORKER)
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_clusters_table_is_the_local_one_whoever_dies(cluster, clean, run, arguments, capsys, tried, kills):
     killed: list[int] = []

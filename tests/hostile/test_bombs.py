@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 
+import promised
 import pytest
 import thrift
 from jail import Jail
@@ -17,7 +18,6 @@ from thrift import I32, I64, Field
 from cache_schema.manifest import Manifest
 from cache_schema.store import open_store
 
-PROMISE = "A cache from a stranger cannot run code, read outside its folder or exhaust memory"
 HUGE = 2**31 - 1
 
 
@@ -330,7 +330,7 @@ MAY_BE_READ |= {
 TOO_LARGE_HERE = {"a row of 2**26 logits, all there"}  # within the bounds, and beyond this child's memory
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_CACHE)
 @pytest.mark.parametrize(
     "names",
     [

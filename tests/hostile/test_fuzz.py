@@ -15,11 +15,11 @@ import shutil
 import time
 from pathlib import Path
 
+import promised
 import pytest
 from strangers import Parquet, Toy, change_record, data_file, put_shard, rewrite
 from thrift import BINARY, I32, I64, LIST, STRUCT
 
-PROMISE = "A cache from a stranger cannot run code, read outside its folder or exhaust memory"
 CORPUS = Path(__file__).parent / "corpus" / "seeds.txt"
 FUZZ_S = float(os.environ.get("LOGITBANK_FUZZ_S", "240"))
 NUMBERS = (0, 1, -1, 2, 3, 7, 15, 16, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**63 - 1)
@@ -189,7 +189,7 @@ def fuzz(jail, caches, folder, seeds, until):
     return count, errors, found
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_CACHE)
 def test_the_corpus(jail, caches, tmp_path, tried):
     """Seeds that found something once, or reach far."""
     seeds = [int(line.split()[0]) for line in CORPUS.read_text().splitlines() if line[:1].isdigit()]
@@ -199,7 +199,7 @@ def test_the_corpus(jail, caches, tmp_path, tried):
     tried(count, "caches of the fuzzer's corpus")
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_CACHE)
 @pytest.mark.parametrize(
     "seconds", [pytest.param(4, id="some"), pytest.param(FUZZ_S, id="many", marks=pytest.mark.slow)]
 )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import promised
 import pytest
 import torch
 import toy_adapters
@@ -21,7 +22,6 @@ from safetensors import safe_open
 from pipeline.errors import UserError
 from pipeline.models import load_causal_lm, load_config, load_tokenizer, locate
 
-PROMISE = "An adapter or model folder from a stranger cannot run code"
 ROOT = Path(__file__).parent.parent.parent
 CODE = "open({mark!r}, 'w').close()\nfrom transformers import Qwen3ForCausalLM as M, Qwen3Config as C\n"
 ESCAPES = (
@@ -163,7 +163,7 @@ def load(folder):
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers has much to say about some of these folders
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_MODEL)
 def test_model_folders(plain, tmp_path, tried):
     mark = tmp_path / "it ran"
     for name, (change, refused) in MODELS.items():
@@ -197,7 +197,7 @@ def test_the_payloads_do_run_where_they_are_let(plain, tmp_path):
     assert (tmp_path / "unpickled").exists()
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_MODEL)
 def test_chat_templates(plain, tmp_path, tried):
     mark = tmp_path / "ran"
     for template in ESCAPES:
@@ -235,7 +235,7 @@ ADAPTERS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_MODEL)
 def test_adapter_folders(plain, tmp_path, tried, monkeypatch):
     from stage3_eval.generate.hf import HFEngine
     from stage3_eval.generate.vllm import _targets
@@ -270,7 +270,7 @@ def test_adapter_folders(plain, tmp_path, tried, monkeypatch):
     tried(len(ADAPTERS) + 2, "adapter folders that are more than plain LoRA")
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_MODEL)
 def test_a_checkpoint_is_resumed_from_safetensors_alone(plain, tmp_path, tried):
     from pipeline.errors import RunError
     from stage2_student import checkpoint

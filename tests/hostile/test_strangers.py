@@ -9,6 +9,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import promised
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,6 @@ from cache_schema.reader import CacheReader
 from cache_schema.schema import Columns
 from cache_schema.verify import verify
 
-PROMISE = "A cache from a stranger cannot run code, read outside its folder or exhaust memory"
 PACKAGES = ("cache_schema", "pipeline", "stage1_teacher", "stage2_student", "stage3_eval", "benchmarks")
 
 
@@ -185,7 +185,7 @@ def everything(cache):
             pass
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_CACHE)
 def test_no_schema_but_ours(forge, tmp_path, tried):
     mark = tmp_path / "ran"
     pa.register_extension_type(Extension())
@@ -213,7 +213,7 @@ PLACES = ("sealed", "vocabulary", "shards/00001")
 SECRET = "the secret of somebody else 7f3a"
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_CACHE)
 @pytest.mark.parametrize(
     "name",
     ["manifest.json", "data", *(pytest.param(f"{n}.json", marks=pytest.mark.slow) for n in PLACES)],
@@ -240,7 +240,7 @@ def test_a_link_out_of_the_folder_tells_nothing(forge, jail, tmp_path, tried, na
     tried(len(targets), f"links out of the folder in the place of {'a data file' if name == 'data' else name}")
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_CACHE)
 def test_names_are_never_taken_from_a_cache(forge, tried, tmp_path):
     outside = tmp_path / "outside.parquet"
     names = ["../../outside.parquet", str(outside), "/etc/passwd", "..", ".", "", "a\nb.parquet", "00001-\0.parquet"]
@@ -318,7 +318,7 @@ def calls_of_danger(text, path):
                 yield f"{name}({options})"
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.STRANGE_CACHE)
 def test_nothing_here_runs_what_it_reads(tried):
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     found = {}

@@ -6,6 +6,7 @@ import random
 import shutil
 import zlib
 
+import promised
 import pyarrow as pa
 import pytest
 import thrift
@@ -17,7 +18,6 @@ from cache_schema.errors import CacheError
 from cache_schema.reader import CacheReader
 from cache_schema.verify import verify
 
-PROMISE = "A torn or altered file is never read as data; the shard is named, repair sets aside only it, stage 1 redoes only it"  # noqa: E501 (as the table has it)
 KINDS = {
     "topk": {},
     "ranks alone": {"store_ids": False},
@@ -44,7 +44,7 @@ def flipped(data, bits):
     return bytes(damaged)
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.TORN)
 @pytest.mark.parametrize("step", thorough(97, 1))
 def test_a_data_file_cut_at_every_length(cache, tried, step):
     path = data_file(cache, 1)
@@ -54,7 +54,7 @@ def test_a_data_file_cut_at_every_length(cache, tried, step):
     tried(len(lengths), "lengths a data file was cut to")
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.TORN)
 @pytest.mark.parametrize("count", thorough(30, 2500))
 def test_bits_of_a_data_file(cache, tried, count):
     """One bit; some anywhere; some beside each other. Pages, their headers and the footer alike."""
@@ -71,7 +71,7 @@ def test_bits_of_a_data_file(cache, tried, count):
     tried(count, "flips of bits in a data file")
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.TORN)
 @pytest.mark.parametrize("step", thorough(97, 1))
 def test_every_header_of_a_page(cache, tried, step):
     """No checksum covers a page's header, and a decoder believes it: each of its bits is turned over, and bytes set."""
@@ -91,7 +91,7 @@ def test_every_header_of_a_page(cache, tried, step):
     tried(len(damages), "changes in the headers of pages")
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.TORN)
 @pytest.mark.parametrize("count", thorough(12, 400))
 def test_blocks_of_a_data_file(cache, tried, count):
     """What a disk or a copy does: blocks of zeros, of other files, moved, doubled; a longer file."""
@@ -110,7 +110,7 @@ def test_blocks_of_a_data_file(cache, tried, count):
     tried(len(damages), "blocks of a data file written wrongly")
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.TORN)
 @pytest.mark.parametrize("name", DOCUMENTS)
 @pytest.mark.parametrize("count", thorough(9, 1200))
 def test_bits_and_lengths_of_a_document(cache, tried, name, count):
@@ -172,7 +172,7 @@ def damaged_data(path, rng):
     return rng.choice((flipped(data, [rng.randrange(8 * len(data))]), data[: rng.randrange(len(data))]))
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.TORN)
 @pytest.mark.parametrize("count", thorough(12, 300))
 def test_repair_sets_aside_one_shard_and_only_that_is_made_again(tmp_path, tried, capsys, count):
     toy, rng = Toy(), random.Random(count)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import promised
 import pytest
 import torch
 import toys
@@ -176,7 +177,7 @@ def test_each_poison_alone_and_all_together(models: Path, clean: dict[str, Cache
     check_mix(models, clean, [(i % 6, kind) for i, kind in enumerate(POISONS)], train=True)
 
 
-@pytest.mark.promise("Poisoned examples are quarantined with a reason; written + quarantined = input")
+@pytest.mark.promise(promised.POISONED)
 @pytest.mark.parametrize("count", [12, pytest.param(250, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_any_mix_of_poisons_harms_no_good_row(models: Path, clean: dict[str, CacheRow], count: int, tried: Any) -> None:
     poisoned = 0

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import promised
 import pytest
 import together
 import toys
@@ -20,8 +21,6 @@ from stage2_student.__main__ import main
 from stage2_student.checkpoint import ADAPTER
 from stage2_student.train import loader
 from stage2_student.usable import Usable
-
-PROMISE = "Resume on another number of processes trains on the same global batches"
 
 
 class Rows:
@@ -70,7 +69,7 @@ def count_resumes(examples: int, batch_at_a_time: Any = global_batch) -> int:
     return compared
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.SAME_BATCHES)
 @pytest.mark.parametrize("examples", [150, pytest.param(5000, marks=pytest.mark.slow)])
 def test_any_number_of_processes_loads_the_same_batches(examples: int, tried: Any) -> None:
     tried(count_resumes(examples), f"global batches over {examples} draws of (W1, stop, W2, ...)")
@@ -123,7 +122,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch, arguments: list[str], stop: in
     return seen
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.SAME_BATCHES)
 @pytest.mark.parametrize(
     "legs",
     [((2, 4), (1, 7)), pytest.param(((2, 3), (1, 5), (3, 8), (2, 9)), marks=pytest.mark.slow)],

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import promised
 import pytest
 import toys
 
@@ -243,9 +244,7 @@ MAY_DIFFER_TOO = {
 }
 
 
-@pytest.mark.promise(
-    "A stale teacher, tokenizer, template, shot, K, temperature, data row: refused, with the field named"
-)
+@pytest.mark.promise(promised.STALE)
 def test_every_field_changed_in_turn_is_refused_and_named(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Any
 ) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import promised
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -289,9 +290,7 @@ ASKED = example(REVERSE.answer, "assert rev('ab').startswith('ba')", "assert rev
 
 
 @sandboxed
-@pytest.mark.promise(
-    "Generated code cannot write outside its folder, reach the network, outlive its limit or forge a pass"
-)
+@pytest.mark.promise(promised.SANDBOX)
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_pass_cannot_be_forged(name, tried):
     assert measure("passes", REVERSE, FORGERIES[name]).values == (0,)

@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import promised
 import pytest
 
 from pipeline.errors import RunError
@@ -160,9 +161,7 @@ def test_limits_cannot_be_raised():
     assert attempt("import os; os.setuid(1)") in ("PermissionError", "OSError")
 
 
-@pytest.mark.promise(
-    "Generated code cannot write outside its folder, reach the network, outlive its limit or forge a pass"
-)  # noqa: E501
+@pytest.mark.promise(promised.SANDBOX)
 @pytest.mark.parametrize(
     "code",
     [
@@ -237,7 +236,6 @@ def test_printing_is_not_answering():
 
 # -- the promise, clause by clause
 
-PROMISE = "Generated code cannot write outside its folder, reach the network, outlive its limit or forge a pass"
 CALL = """
 import ctypes
 if ctypes.CDLL(None, use_errno=True).{} == -1:
@@ -287,7 +285,7 @@ PROCESSES = {
 }
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise(promised.SANDBOX)
 def test_no_way_out(tried):
     corpus = WRITES | NETWORK | PROCESSES
     assert {name for name, code in corpus.items() if attempt(code) == "ESCAPED"} == set()
