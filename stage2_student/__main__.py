@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from pipeline.cli import EXIT_USER_ERROR, guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.cli import EXIT_INCOMPLETE, guarded, recipe_arguments, recipe_of, recipe_parser
 
 if TYPE_CHECKING:
     from pipeline.fingerprint import Experiment
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise failed[0].error
     if failed and group.main:
         print(_failures(failed, len(left), recipe_arguments(args)), file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR if failed else 0
+    return EXIT_INCOMPLETE if failed else 0
 
 
 def _joined(recipe: "Recipe") -> "Group":

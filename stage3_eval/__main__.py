@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ModelRun(recipe, name, blocks, arguments, args.rescore, make) for name in names
         ]  # found before one runs
         for run in runs:  # one after another: each frees its memory before the next
-            for note in run.notes:
-                print(note, flush=True)
+            for lacking, why in run.missing.items():
+                print(f"{run.name}/{lacking}: {why}", flush=True)
             if args.student not in (None, run.name) and not run.complete():
                 print(f"{run.name}: not asked for, and some of its answers are missing; it is left out of the report")
                 continue

@@ -70,27 +70,28 @@ def asked(condition: Condition, block: Block) -> bool:
 
 def find_runs(
     recipe: Recipe, run_dir: RunDir, student: str, arguments: Sequence[str]
-) -> tuple[list[TrainedRun], list[str]]:
-    """The trainings that have a checkpoint, in the recipe's order, and a sentence for each that lacks some.
+) -> tuple[list[TrainedRun], dict[str, str]]:
+    """The trainings that have a checkpoint, in the recipe's order; and what is missing, training or checkpoint -> why.
 
     arguments: the `--recipe` and `--set` of this run, for the commands named in the sentences.
-    Raises RunError where one was trained with other settings than the recipe's, or its files cannot be read.
+    Raises RunError where one was trained with other settings than the recipe's, or its arm.json cannot be read.
     """
-    runs, notes = [], []
+    runs: list[TrainedRun] = []
+    lacking: dict[str, str] = {}
     train = shlex.join(["python", "-m", "stage2_student", *arguments])
     for run in recipe.arm_runs:
         folder = run_dir.arm(student, run.name)
-        checkpoints = {c.step: c for c in _checkpoints(folder, run.name) if c.step and c.step <= recipe.train.steps}
+        sound, damaged = _checkpoints(folder, run.name)
+        lacking |= damaged
+        checkpoints = {c.step: c for c in sound if c.step and c.step <= recipe.train.steps}
         if not checkpoints:
-            notes.append(f"{student}/{run.name}: no checkpoint yet; to train it: {train}")
+            lacking[run.name] = f"no checkpoint yet; to train it: {train}"
             continue
         found = TrainedRun(run.name, run.arm, checkpoints, _trained_with(folder, recipe, student, run))
         if found.last < recipe.train.steps:
-            notes.append(
-                f"{student}/{run.name}: trained to step {found.last} of {recipe.train.steps} so far; to go on: {train}"
-            )
+            lacking[run.name] = f"trained to step {found.last} of {recipe.train.steps} so far; to go on: {train}"
         runs.append(found)
-    return runs, notes
+    return runs, lacking
 
 
 def kept_runs(recipe: Recipe, run_dir: RunDir, student: str) -> list[TrainedRun]:
@@ -127,22 +128,29 @@ def check_not_stale(condition: Condition, identity: Mapping[str, Any], run_dir: 
         )
 
 
-def _checkpoints(folder: ArmDir, run: str) -> list[Condition]:
-    """The complete checkpoints (those with a state.json), by step."""
+def _checkpoints(folder: ArmDir, run: str) -> tuple[list[Condition], dict[str, str]]:
+    """The complete checkpoints (those with a state.json), by step; and what is wrong with damaged ones, by name."""
     for path in (folder.checkpoints, *folder.checkpoints.parents):
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: found a file, expected a folder; move it away, or set run_dir=<folder>")
-    found = []
+    found: list[Condition] = []
+    damaged: dict[str, str] = {}
     for path in sorted(folder.checkpoints.glob("step-*/state.json")):
-        state = _json(path)
+        name = f"{run}@{path.parent.name.removeprefix('step-').lstrip('0')}"
+        try:
+            state = _json(path)
+        except RunError as error:
+            damaged[name] = str(error)
+            continue
         step, sha256 = state.get("step"), state.get("adapter_sha256")
         if not isinstance(step, int) or not isinstance(sha256, str) or path.parent != folder.checkpoint(step):
-            raise RunError(
+            damaged[name] = (
                 f"{path}: expected the step of its folder and an adapter_sha256, found step {step!r} and "
                 f"{sha256!r}; remove the checkpoint (rm -r {path.parent}) and train again"
             )
-        found.append(Condition(f"{run}@{step}", run, step, path.parent, sha256))
-    return found
+            continue
+        found.append(Condition(name, run, step, path.parent, sha256))
+    return found, damaged
 
 
 def _trained_with(folder: ArmDir, recipe: Recipe, student: str, run: ArmRun) -> dict[str, Any]:

@@ -61,17 +61,17 @@ class ModelRun:
         self.recipe, self.name, self.rescore = recipe, name, rescore
         self.is_student = name in recipe.students
         self.runs: list[TrainedRun] = []
-        self.notes: list[str] = []
         self._run_dir, self._blocks = RunDir.of(recipe), blocks
+        self.missing: dict[Unit, str] = {}
         if self.is_student and rescore:
             self.runs = kept_runs(recipe, self._run_dir, name)
         elif self.is_student:
-            self.runs, self.notes = find_runs(recipe, self._run_dir, name, arguments)
+            self.runs, lacking = find_runs(recipe, self._run_dir, name, arguments)
+            self.missing.update(lacking.items())
         self._subject = Subject(recipe, name)
         if not rescore:
             self._subject.look_for()  # now, so that a model that is not there is no surprise after hours
         self.answers, self._make = Answers(recipe, self._subject, blocks, rescore), make
-        self._missing: dict[Unit, str] = {}
         if rescore and not self.runs and not self._untouched():
             raise RunError(
                 f"--rescore: {name} has no predictions under {self._run_dir.root}; run python -m stage3_eval "
@@ -92,8 +92,8 @@ class ModelRun:
                 headline, held_out = self._headline()  # where a headline checkpoint is lost, another stands for its arm
         finally:
             self.answers.close()
-        files = {key: file for key, file in self.answers.files.items() if key[0] not in self._missing}
-        return Evaluated(self.name, tuple(self.runs), headline, held_out, files, self._missing)
+        files = {key: file for key, file in self.answers.files.items() if key[0] not in self.missing}
+        return Evaluated(self.name, tuple(self.runs), headline, held_out, files, self.missing)
 
     def jobs_of(self, wanted: Sequence[tuple[str, str, bool]]) -> list[Job]:
         """Jobs by the names of condition and block, and whether the curve's examples alone are wanted."""
@@ -107,10 +107,10 @@ class ModelRun:
 
     def _leave_out(self, failures: Mapping[Unit, str]) -> None:
         """Go on without these conditions; an arm of which nothing is left is no arm of this report."""
-        self._missing |= failures
+        self.missing |= failures
         kept = []
         for run in self.runs:
-            checkpoints = {s: c for s, c in run.checkpoints.items() if c.name not in self._missing}
+            checkpoints = {s: c for s, c in run.checkpoints.items() if c.name not in self.missing}
             if checkpoints:
                 kept.append(replace(run, checkpoints=checkpoints))
         self.runs = kept
@@ -125,7 +125,7 @@ class ModelRun:
         """What the model answers without an adapter; when rescoring, that of it which was kept."""
         wanted = baselines(self.recipe) if self.is_student else [Condition(ZERO_SHOT)]
         kept = predictions.kept_conditions(self._run_dir, self.name) if self.rescore else None
-        wanted = [condition for condition in wanted if condition.name not in self._missing]
+        wanted = [condition for condition in wanted if condition.name not in self.missing]
         return [condition for condition in wanted if kept is None or condition.name in kept]
 
     def _selection_jobs(self) -> list[Job]:

@@ -66,6 +66,7 @@ def bucket(
 
     for name, value in s3.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 2)  # its own, with longer and longer pauses; 5 elsewhere
     monkeypatch.setattr(Copies.__init__, "__defaults__", (str(tmp_path / "default-copies"), 1 << 30))
     with s3.Proxy(server.url) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

@@ -103,9 +103,10 @@ def test_a_complete_cache_says_what_it_has_and_needs_no_teacher(clean, monkeypat
     totals = CacheReader.open(clean.parent / "cache").totals()
     assert "the teacher is not loaded" in out
     rows = [line for line in out.splitlines() if line.startswith("|")]
-    assert [cell.strip() for cell in rows[-1].split("|")[1:5]] == [
+    assert [cell.strip() for cell in rows[-1].split("|")[1:6]] == [
         "gsm8k",
         "24",
+        "0",
         f"{totals.positions.input:,}",
         f"{totals.positions.written:,}",
     ]

@@ -103,7 +103,7 @@ def test_a_complete_cache_needs_no_teacher(clean, monkeypatch, capsys):
         (["cache.dir={tmp}"], "is no cache|not a cache|not empty"),
         (["teacher.model={tmp}/nothing"], "no such folder"),
         (["teacher.model={tmp}/file"], "expected a folder written by save_pretrained, found a file"),
-        (["teacher.model={tmp}"], "found a folder without config.json"),
+        (["teacher.model={tmp}"], "found no config.json"),
         (["teacher.thinking=false"], "it has no chat template; set teacher.thinking=null"),
         (["data.dir={tmp}"], "expected a file of JSON lines"),
     ],

@@ -16,6 +16,7 @@ import toys
 from safetensors import safe_open
 
 from cache_schema.errors import FingerprintMismatch, IncompleteCache, NotACache
+from pipeline.cli import EXIT_INCOMPLETE
 from pipeline.errors import ModelError, RecipeError, RunError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run_dir import RunDir
@@ -198,7 +199,7 @@ def test_an_arm_that_cannot_be_trained_does_not_keep_the_others_from_it(
             "last": {"model": str(tmp_path / "model"), "dtype": "float32", "lora": lora},
         },
     )
-    assert main(["--recipe", path]) == 2
+    assert main(["--recipe", path]) == EXIT_INCOMPLETE
     said = capsys.readouterr().err
     report = said[said.index("error: 3 of 8 arms failed; the others are trained:\n") :]
     for line in (
@@ -242,7 +243,7 @@ def test_a_damaged_page_or_a_loss_that_is_not_finite_stops_its_own_arm(
     content = bytearray(shard.read_bytes())
     content[at + 60] ^= 1
     shard.write_bytes(content)
-    assert main(["--recipe", path]) == 2
+    assert main(["--recipe", path]) == EXIT_INCOMPLETE
     said = capsys.readouterr().err
     report = said[said.index("error: 3 of 4 arms failed; the others are trained:") :]
     assert re.search(r"- broken/sft: broken/sft, step 1: ce nan, gradient norm nan are not finite", report)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli import EXIT_INCOMPLETE
 from pipeline.errors import RunError
 from stage3_eval.__main__ import main
 from stage3_eval.subject import Subject
@@ -35,9 +36,10 @@ def test_it_reports_and_a_second_call_generates_nothing(run, capsys, monkeypatch
 
 def test_it_runs_with_the_arms_there_are(run, capsys):
     shutil.rmtree(run.folder / "students" / "toy" / "sft")
-    assert main(run.arguments) == 0
-    out = capsys.readouterr().out
-    assert "toy/sft: no checkpoint yet; to train it: python -m stage2_student --recipe" in out
+    assert main(run.arguments) == EXIT_INCOMPLETE
+    out, errors = capsys.readouterr()
+    for told in (out, errors):  # before it begins, and at the end
+        assert "toy/sft: no checkpoint yet; to train it: python -m stage2_student --recipe" in told
     results = json.loads((run.folder / "report" / "results.json").read_text())
     rows = results["students"]["toy"]["blocks"]["test"]["gsm8k"]["strict"]["rows"]
     assert list(rows) == ["zero_shot", "few_shot", "distill"]
@@ -50,7 +52,7 @@ def test_one_student_of_two(run, capsys, tmp_path):
     assert "other: not asked for, and some of its answers are missing" in capsys.readouterr().out
     results = run.folder / "report" / "results.json"
     assert list(json.loads(results.read_text())["students"]) == ["toy"]
-    assert main([*two, "--student", "other"]) == 0
+    assert main([*two, "--student", "other"]) == EXIT_INCOMPLETE  # it has not been trained
     assert list(json.loads(results.read_text())["students"]) == ["toy", "other"]
     assert {path.name for path in (run.folder / "report").glob("comparison*.png")} == {
         "comparison-toy-test-gsm8k.png", "comparison-other-test-gsm8k.png",
