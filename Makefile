@@ -46,7 +46,7 @@ check: install ## lint, format and types
 	$(BIN)/mypy
 
 test: install ## the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: install ## the long tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2

@@ -9,6 +9,7 @@ makes the table again from the file.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def run(quick: bool) -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", "-m", which, "-n", "2"]
         command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]  # the later ones have no properties
         started = time.monotonic()
-        subprocess.run(command, cwd=ROOT, check=False)
+        subprocess.run(command, cwd=ROOT, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
         seconds = time.monotonic() - started
         if not report.is_file():
             sys.exit("the tests could not be run; see above")

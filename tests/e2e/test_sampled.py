@@ -45,6 +45,7 @@ def test_the_cache_is_sound_and_says_what_it_is(folder):
         assert (row.draws.sum(axis=1) == 12).all() and row.log_tail is None
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_bytes(folder):
     cache = folder / "two"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -47,6 +47,7 @@ def clean(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_has_the_same_bytes_as_never_killed(clean):
     cache = clean / "killed"
     extra = ("--set", f"cache.dir={cache}")

@@ -143,8 +143,9 @@ def kill_in_work(count, killed):
                 time.sleep(1)
 
 
+@pytest.mark.slow
 @pytest.mark.promise(promised.DEAD_WORKER)
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, 3])
 def test_the_clusters_table_is_the_local_one_whoever_dies(cluster, clean, run, arguments, capsys, tried, kills):
     killed: list[int] = []
     killer = threading.Thread(target=kill_in_work, args=(kills, killed), daemon=True)

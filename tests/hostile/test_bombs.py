@@ -357,10 +357,11 @@ def test_bombs(forge, jail, tried, names):
     tried(len(names), "caches that say they are larger than they are")
 
 
-def test_the_limits_limit(honest):
+def test_the_limits_limit(honest, tmp_path):
     """The control: with little memory, or no time, an honest cache is not read either."""
+    large = Toy(examples=1, shard_examples=1, max_positions=1, vocab_size=300_000).build(tmp_path / "large")
     with Jail(memory_mb=1) as jail:
-        visit = jail.read(honest)
+        visit = jail.read(large)
         assert visit.bad or any("memory" in outcome.message for outcome in visit.outcomes)
     with Jail(time_s=0) as jail:
         assert jail.read(honest).bad == ["the process: ended by the clock, after 0 s"]

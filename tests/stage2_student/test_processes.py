@@ -38,6 +38,7 @@ def metrics(folder: ArmDir) -> list[dict[str, float]]:
     return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
     """SIGKILL at whatever step it happens to be in; the oracle is a run that nobody disturbed."""
     path, recipe = made(
