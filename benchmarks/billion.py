@@ -2,10 +2,10 @@
 
     python benchmarks/billion.py [--positions 1000000000] [--workers 64] [--shard-examples 256 2048] [--out FILE]
 
-A simulation: no byte goes anywhere. Each worker runs the package's own `CacheWriter` (plan, claim, seal) on
-a store that keeps names and sizes in memory and charges a virtual clock for every request. What the clock charges is
-assumed, and printed; what local code takes (encoding, opening a seal of so many records, the order of an epoch) is
-measured here, now, with the real code. Bytes a position are what benchmarks/results/cache_bytes.json says.
+A simulation: no byte goes anywhere. Each worker runs the package's own `CacheWriter` (what is missing, claims, what a
+commit asks) on a store that keeps names and sizes in memory and charges a virtual clock for every request. What that
+costs is assumed, and printed; sealing is reckoned from it. What local code takes (opening a seal of so many records, the
+order of an epoch) is measured here, now, with the real code. Bytes a position are those of results/cache_bytes.json.
 """
 
 import argparse
@@ -83,6 +83,7 @@ class Simulated(Store):
         return there
 
     def read(self, name: str, most: int) -> bytes:
+        self._ask("HEAD", name)
         if name.rpartition("/")[2] not in self._ask("GET", name):
             raise FileNotFoundError(name)
         return json.dumps({"host": "simulated", "pid": self.me}).encode()
@@ -187,6 +188,7 @@ def stage1(
         store.spent_s = 0.0
         if writing >= 0:  # the commit overlaps the next shard; what it costs is charged to the store's thread
             record = record_of(writing, manifest, bytes_per_position)
+            store.has(layout.record(writing))  # whether another was first
             store.publish(layout.data(record.file), record.bytes)
             store.create(layout.record(writing), record.dump(manifest.fingerprint))
             writer.release(writing)

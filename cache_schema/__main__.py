@@ -4,7 +4,7 @@
     python -m cache_schema repair s3://bucket/NAME
     python -m cache_schema show --recipe pocket --example 3 --top 5
 
-Exit codes: 0 good; 1 something committed is damaged; 2 a mistake in the call, no cache there, or it is incomplete.
+Exit codes: 0 good; 1 something committed is damaged; 2 a mistake in the call, or no cache there; 3 it is incomplete.
 """
 
 from __future__ import annotations

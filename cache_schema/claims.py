@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from cache_schema import layout
 from cache_schema.store import Store
@@ -24,7 +25,7 @@ class Claims:
     def __init__(self, store: Store, stale_after_s: float = STALE_AFTER_S) -> None:
         self._store = store
         self._stale_after_s = stale_after_s
-        self._me: dict[str, object] = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._me: dict[str, object] = {"host": _host(), "pid": os.getpid()}
         self._renewed: dict[int, float] = {}  # shard -> when we claimed it last
 
     def claim(self, shard: int) -> bool:
@@ -72,6 +73,14 @@ class Claims:
             if isinstance(holder, dict) and holder.keys() == {"host", "pid"}:
                 return holder
         return None
+
+
+def _host() -> str:
+    """This machine, or this container of it: those that share a name do not share the numbers of their processes."""
+    try:
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _alive(pid: object) -> bool:

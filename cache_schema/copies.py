@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-MOST_BYTES = 64 << 30
+MOST_BYTES = 64 * 10**9
 FOLDER = "~/.cache/logitbank"
 
 
@@ -60,6 +60,9 @@ class Copies:
     def _evict(self, newest: Path) -> None:
         found = []
         for path in self.folder.iterdir():
+            if path.name.startswith("."):
+                _drop_if_left(path)
+                continue
             with suppress(FileNotFoundError):
                 status = path.stat()
                 found.append((status.st_mtime, status.st_size, path))
@@ -67,9 +70,25 @@ class Copies:
         for _, size, path in sorted(found):
             if left <= self.most_bytes:
                 return
-            if path != newest and not path.name.startswith("."):
+            if path != newest:
                 path.unlink(missing_ok=True)
                 left -= size
+
+
+def _drop_if_left(part: Path) -> None:
+    """Remove what a killed process was fetching; one that is alive has it locked."""
+    try:
+        fd = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(fd, part):
+            part.unlink()
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def _is_at(fd: int, path: Path) -> bool:

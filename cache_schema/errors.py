@@ -76,6 +76,8 @@ class CorruptShard(CacheError):
 class IncompleteCache(CacheError):
     """The cache has no seal. Attribute: `missing`, the shards without a commit record."""
 
+    exit_code = 3
+
     def __init__(self, location: str, shards: int, missing: Sequence[int], command: str) -> None:
         self.missing = tuple(missing)
         if missing:

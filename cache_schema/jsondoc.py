@@ -13,9 +13,9 @@ import math
 import re
 from typing import Any, TypeVar
 
-from cache_schema.errors import DamagedDocument, UnknownVersion, shown
+from cache_schema.errors import DamagedDocument, StorageError, UnknownVersion, shown
 from cache_schema.schema import SCHEMA_VERSION
-from cache_schema.store import Store
+from cache_schema.store import UNREACHABLE, Store
 
 MAX_DEPTH = 64  # of lists and objects in each other; a stranger's 900 would end in a RecursionError somewhere
 MAX_PARSED_BYTES = 1 << 30  # that a document's values may take in memory, by the estimate of `_parsed_bytes`
@@ -123,7 +123,7 @@ def parse(store: Store, name: str, data: bytes) -> Any:
     try:
         value = json.loads(data.decode("utf-8"))
     except MemoryError:
-        raise _too_large(store, name) from None
+        raise _no_memory(store, name) from None
     except (ValueError, RecursionError) as error:
         raise DamagedDocument(store, name, f"it is not JSON ({error})") from None
     level = [value] if type(value) in (dict, list) else []
@@ -142,23 +142,34 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _too_large(store: Store, name: str) -> DamagedDocument:
-    what = f"its values take more memory than there is, or than the {MAX_PARSED_BYTES >> 20} MiB that they may"
-    return DamagedDocument(store, name, what)
+    return DamagedDocument(store, name, f"its values take more than the {MAX_PARSED_BYTES >> 20} MiB that they may")
+
+
+def _no_memory(store: Store, name: str) -> StorageError:  # no damage: `repair` must not set it aside
+    what = f"reading {store.path(name)} takes more memory than there is"
+    return StorageError(f"{what}\n  next: make memory free, or use a larger machine")
+
+
+def fits(data: bytes, most: int) -> bool:
+    """Whether a document of these bytes would be read again."""
+    return len(data) <= most and _parsed_bytes(data) <= MAX_PARSED_BYTES
 
 
 def read(store: Store, name: str, most: int) -> bytes:
     """The bytes of a small file. Raises FileNotFoundError or NotADirectoryError when there is nothing.
 
-    Anything else in the way (a folder, a pipe, a loop of links, no permission, more than `most` bytes) is a
-    DamagedDocument, never a hang.
+    Anything else in the way (a folder, a pipe, a loop of links, more than `most` bytes) is a DamagedDocument, never a
+    hang; what cannot be read just now is a StorageError.
     """
     try:
         data = store.read(name, most)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except MemoryError:
-        raise _too_large(store, name) from None
+        raise _no_memory(store, name) from None
     except OSError as error:
+        if error.errno in UNREACHABLE:
+            raise store.failed(f"reading {name}", error) from error
         raise DamagedDocument(store, name, f"it cannot be read: {error.strerror or error}") from None
     if len(data) > most:
         raise DamagedDocument(store, name, f"it has more than the {most} bytes that it can have")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ class ObjectStore(Store):
         self.exclusive = url.partition("://")[0] in CONDITIONAL
         self._fs, self._root = _opened(self.location)
         self._copies = copies or Copies()
+        self._sound: set[str] = set()  # copies that this process has hashed
 
     def exists(self) -> bool:
         return bool(self.listing())
@@ -84,6 +86,7 @@ class ObjectStore(Store):
 
     def publish(self, name: str, data: bytes | memoryview) -> None:
         with self._asking(f"writing {name}", writing=True):
+            self._make_folder_of(name)
             self._fs.pipe_file(self._key(name), bytes(data))
 
     def create(self, name: str, data: bytes | memoryview) -> bool:
@@ -106,6 +109,7 @@ class ObjectStore(Store):
     def _create(self, name: str, data: bytes) -> bool:
         try:
             with self._asking(f"creating {name}", writing=True):
+                self._make_folder_of(name)
                 self._fs.pipe_file(self._key(name), data, mode="create")
         except FileExistsError:
             return False
@@ -117,12 +121,16 @@ class ObjectStore(Store):
 
     def set_aside(self, name: str, to: str) -> None:
         with self._asking(f"setting {name} aside"):
+            self._make_folder_of(to)
             self._fs.cp_file(self._key(name), self._key(to))
             self._fs.rm_file(self._key(name))
 
     def age_s(self, name: str) -> float:
-        with self._asking(f"asking for the age of {name}"):
-            written = self._fs.modified(self._key(name))
+        try:
+            with self._asking(f"asking for the age of {name}"):
+                written = self._fs.modified(self._key(name))
+        except NotImplementedError:  # where one process writes at a time, a claim is one that was left behind
+            return math.inf
         return float((datetime.now(UTC) - written).total_seconds())
 
     def tidy(self) -> None:
@@ -143,20 +151,25 @@ class ObjectStore(Store):
                     self._fs.get_file(key, str(path))
             except FileNotFoundError:
                 raise ValueError("there is no such file") from None
-            with path.open("rb") as copy:
-                found = hashlib.file_digest(copy, "sha256").hexdigest()
+            found = _sha256(path)
             if found != sha256:
                 raise ValueError(f"its SHA-256 is {found}, its commit record says {sha256}")
+            self._sound.add(file)
 
         try:
             for _ in range(100):
                 with suppress(FileNotFoundError):  # removed, to make room, before we could open it
-                    return pa.OSFile(str(self._copies.get(file, fetch)))
+                    path = self._copies.get(file, fetch)
+                    if file in self._sound or _sha256(path) == sha256:
+                        self._sound.add(file)
+                        return pa.OSFile(str(path))
+                    path.unlink()  # an old copy that a disk has altered: fetch it again
             raise OSError(errno.ENOSPC, "copies are removed faster than they can be read")
         except OSError as error:
+            elsewhere = "--set runtime.copies=FOLDER" if self._copies.most_bytes else "TMPDIR=FOLDER"
             raise StorageError(
                 f"copying {file} to {self._copies.folder} failed: {error.strerror or error}\n"
-                "  next: make room there, or choose another folder: --set runtime.copies=FOLDER"
+                f"  next: make room there, or choose another folder: {elsewhere}"
             ) from error
 
     def path(self, name: str) -> str:
@@ -164,6 +177,11 @@ class ObjectStore(Store):
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
+
+    def _make_folder_of(self, name: str) -> None:
+        """Where there are such things: not in a store that has conditional writes."""
+        if not self.exclusive:
+            self._fs.makedirs(self._key(name).rpartition("/")[0], exist_ok=True)
 
     def advice(self, error: OSError) -> str:
         return _ADVICE
@@ -176,13 +194,18 @@ class ObjectStore(Store):
         """
         try:
             yield
-        except (FileExistsError, MemoryError, StorageError):
+        except (FileExistsError, MemoryError, NotImplementedError, StorageError):
             raise
         except Exception as error:  # botocore's, aiohttp's and google's are no OSErrors
             if isinstance(error, FileNotFoundError) and not writing:
                 raise
             reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise StorageError(f"{doing} failed: {reason} ({self.location})\n  {_ADVICE}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _opened(url: str) -> tuple[Any, str]:

@@ -75,7 +75,8 @@ class CacheReader:
         try:
             return cls(store, manifest, Seal.load(store, manifest).records, True, memory_bytes)
         except FileNotFoundError:
-            recorded = recorded_shards(store)
+            with store.errors("listing the cache"):
+                recorded = recorded_shards(store)
         if require_sealed:
             missing = sorted(set(range(manifest.shards)) - set(recorded))
             raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command)

@@ -35,7 +35,7 @@ from cache_schema.manifest import Manifest
 from cache_schema.pages import check_footer, check_pages
 from cache_schema.record import CommitRecord
 from cache_schema.schema import TEXT_COLUMNS, CacheRow, Columns, Status
-from cache_schema.store import Store
+from cache_schema.store import UNREACHABLE, Store
 from cache_schema.table import ARROW_SCHEMA, RowGroup, encode_row, flat, to_table
 
 _ENCODINGS = {
@@ -285,7 +285,7 @@ class ShardFile:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Whatever goes wrong inside is a CorruptShard that names this file."""
+        """Whatever goes wrong inside is a CorruptShard that names this file, unless it cannot be read just now."""
         try:
             yield
         except MemoryError as error:  # no damage: `repair` must not set the shard aside
@@ -293,6 +293,8 @@ class ShardFile:
             what = f"reading {path} takes more memory than there is ({error or 'no size is known'})"
             raise StorageError(f"{what}\n  next: make memory free, or use a larger machine") from error
         except (ValueError, OSError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno in UNREACHABLE:
+                raise self._store.failed(f"reading {data_path(self._record.file)}", error) from error
             raise self.corrupt(f"it cannot be read: {error}") from error
 
     def corrupt(self, what: str) -> CorruptShard:

@@ -9,6 +9,7 @@ refuses; FileNotFoundError means that nothing has the name.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from abc import ABC, abstractmethod
@@ -23,6 +24,14 @@ from cache_schema.errors import StorageError
 if TYPE_CHECKING:
     from cache_schema.copies import Copies
 
+# What a place says when it cannot be asked just now: no reason to think that anything in it is damaged.
+UNREACHABLE = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+        *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENOTCONN, errno.EREMOTEIO),
+    }
+)
 T = TypeVar("T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
@@ -104,6 +113,11 @@ class Store(ABC):
         with ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(call, items))
 
+    def failed(self, doing: str, error: OSError) -> StorageError:
+        """What to raise when the place refuses."""
+        reason = error.strerror or str(error) or type(error).__name__
+        return StorageError(f"{doing} failed: {reason} ({self.location})\n  {self.advice(error)}")
+
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
         """Turn an OSError into a StorageError that says what to do. FileNotFoundError passes: callers know why."""
@@ -112,8 +126,7 @@ class Store(ABC):
         except FileNotFoundError:
             raise
         except OSError as error:
-            reason = error.strerror or str(error) or type(error).__name__
-            raise StorageError(f"{doing} failed: {reason} ({self.location})\n  {self.advice(error)}") from error
+            raise self.failed(doing, error) from error
 
 
 def is_url(location: str | os.PathLike[str]) -> bool:

@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from cache_schema import layout
+from cache_schema import jsondoc, layout
 from cache_schema.claims import STALE_AFTER_S, Claims
 from cache_schema.errors import CorruptShard, IncompleteCache, InvalidManifest, InvalidRow, NotACache
-from cache_schema.jsondoc import canonical
 from cache_schema.manifest import Manifest, vocabulary_bytes
-from cache_schema.record import CommitRecord, Seal, recorded_shards
+from cache_schema.record import RECORD_MOST_BYTES, SEAL_MOST_BYTES, CommitRecord, Seal, recorded_shards
 from cache_schema.schema import CacheRow, QuarantinedExample, Status, TextRow
 from cache_schema.shard import encode_shard
 from cache_schema.store import Store, open_store
@@ -68,6 +67,8 @@ class CacheWriter:
                 store.create(layout.MANIFEST, manifest.dump())
             on_disk = Manifest.load(store)
             on_disk.expect_plan(store, manifest)
+            if store.listing().get(layout.SHARDS, -1) >= 0:
+                raise NotACache(f"{store.path(layout.SHARDS)} is a file; expected a folder, or nothing")
             if not store.has(layout.VOCABULARY):  # the winner may have died just here; any of us can write it
                 store.create(layout.VOCABULARY, words)
         return cls(store, on_disk, stale_after_s)
@@ -110,7 +111,7 @@ class CacheWriter:
         quarantined are not the planned examples or a row breaks an invariant; StorageError, with nothing lost.
         """
         self._check_examples(shard, rows, quarantined)
-        canonical(provenance)
+        jsondoc.canonical(provenance)
         encoded = encode_shard(rows, shard, self.manifest)
         codes = Counter(int(code) for row in rows for code in row.status)
         record = CommitRecord(
@@ -125,18 +126,21 @@ class CacheWriter:
             quarantined_positions={Status(code).reason: n for code, n in sorted(codes.items()) if code},
             provenance=provenance,
         )
+        data = record.dump(self.manifest.fingerprint)
+        if not jsondoc.fits(data, RECORD_MOST_BYTES):
+            raise InvalidRow(f"shard {shard} has too many quarantined examples: set cache.shard_examples lower")
         winner = self._committed(shard)
         if winner is None:
             with self._store.errors(f"writing shard {shard}"):
-                winner = self._publish(record, encoded.data)
+                winner = self._publish(record, data, encoded.data)
         self.release(shard)
         return winner
 
-    def _publish(self, record: CommitRecord, data: memoryview) -> CommitRecord:
+    def _publish(self, record: CommitRecord, document: bytes, data: memoryview) -> CommitRecord:
         name = layout.data(record.file)
         try:
             self._store.publish(name, data)  # over an orphan of the same name too: same name, same bytes
-            if self._store.create(layout.record(record.shard), record.dump(self.manifest.fingerprint)):
+            if self._store.create(layout.record(record.shard), document):
                 return record
         except FileNotFoundError:  # our temporary file was swept: somebody else committed this shard, and sealed
             pass
@@ -182,14 +186,24 @@ class CacheWriter:
             missing = self.missing()
             if missing:
                 raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command) from None
-            records = store.map(lambda shard: CommitRecord.load(store, shard, manifest), range(manifest.shards))
+            records = store.map(lambda shard: CommitRecord.load_listed(store, shard, manifest), range(manifest.shards))
             seal = Seal(tuple(records))
+            data = seal.dump(manifest)
+            if not jsondoc.fits(data, SEAL_MOST_BYTES):
+                raise self._too_many_lost(records) from None
             with store.errors("sealing the cache"):
                 self._check_sizes(seal)
-                if not store.create(layout.SEALED, seal.dump(manifest)):
+                if not store.create(layout.SEALED, data):
                     seal = Seal.load(store, manifest)
         self._sweep(seal)
         return seal
+
+    def _too_many_lost(self, records: Sequence[CommitRecord]) -> InvalidManifest:
+        return InvalidManifest(
+            f"the cache at {self._store.location} cannot be sealed: its records, with "
+            f"{sum(len(record.quarantined) for record in records)} quarantined examples, are larger than one can be\n"
+            "  next: leave such rows out of the data, or make several caches"
+        )
 
     def _check_sizes(self, seal: Seal) -> None:
         sizes = self._store.listing(layout.SHARDS)
@@ -205,12 +219,18 @@ class CacheWriter:
                 )
 
     def _sweep(self, seal: Seal) -> None:
-        """Every shard has its record now, so any other data file is an orphan, and no claim means anything."""
+        """Every shard has its record now, so any other data file is an orphan, and no claim means anything.
+
+        Unless we slept since: then a shard may have been repaired and be in work again. So the record is asked.
+        """
         committed = {record.file for record in seal.records}
         with self._store.errors("tidying up the cache"):
             for plain in self._store.listing(layout.SHARDS):
-                if layout.shard_of_data(plain) is not None and plain not in committed:
-                    self._store.remove(layout.data(plain))
+                shard = layout.shard_of_data(plain)
+                if shard is not None and plain not in committed:
+                    now = self._committed(shard)
+                    if now is not None and now.file != plain:
+                        self._store.remove(layout.data(plain))
             self._store.tidy()
 
 

@@ -319,3 +319,27 @@ def test_names_of_folders_are_not_files(bucket):
         bucket.client.put_object(Bucket=bucket.name, Key=key, Body=b"" if key.endswith("/") else b"x")
     assert store.listing("shards") == {"00000.json": 1}
     assert store.listing() == {"shards": -1}
+
+
+def test_a_copy_that_a_disk_has_altered_is_fetched_again(toy, bucket, copies):
+    """Found out by each process that uses it first; what lies in the bucket is sound."""
+    toy.build(bucket.cache)
+    CacheReader.open(bucket.cache, copies=copies).read([3])
+    (copy,) = copies.folder.glob("00001-*")
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    assert CacheReader.open(bucket.cache, copies=copies).read([3])[0].example_id == "toy-3"
+    assert copy.read_bytes() == whole
+
+
+def test_a_file_system_of_folders_by_url(toy, tmp_path):
+    """What SFTP and its like are: folders are made, and a claim that was left behind stops nobody."""
+    url, writer = f"local://{tmp_path}/cache", toy.writer(f"local://{tmp_path}/cache")
+    assert not writer.exclusive and writer.claim(0)
+    toy.commit(writer, 1)
+    again = toy.writer(url)
+    again._claims._me = {"host": "elsewhere", "pid": 7}
+    again._store.age_s = lambda name: float("inf")  # as where a store does not tell
+    assert again.missing() == [0, 2] and again.claim(0)
+    toy.build(url)
+    assert verify(url).complete

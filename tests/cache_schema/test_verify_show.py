@@ -46,7 +46,7 @@ def test_every_bad_shard_is_named_and_the_others_are_checked(cache, capsys):
 
 def test_incomplete_cache(toy, tmp_path, capsys):
     toy.commit(toy.writer(tmp_path / "c"), 1)
-    assert main(["verify", str(tmp_path / "c")]) == 2
+    assert main(["verify", str(tmp_path / "c")]) == 3
     captured = capsys.readouterr()
     assert "what is there is good" in captured.out
     assert "2 of 3 shards are missing (0, 2)" in captured.err

@@ -19,9 +19,17 @@ import promised
 import pytest
 
 from cache_schema.claims import STALE_AFTER_S, Claims
-from cache_schema.errors import CorruptShard, IncompleteCache, InvalidRow, NotACache, StorageError
+from cache_schema.errors import (
+    CorruptShard,
+    IncompleteCache,
+    InvalidManifest,
+    InvalidRow,
+    NotACache,
+    StorageError,
+)
 from cache_schema.folder import Folder
 from cache_schema.reader import CacheReader
+from cache_schema.repair import repair
 from cache_schema.schema import QuarantinedExample
 from cache_schema.verify import verify
 
@@ -536,3 +544,64 @@ def test_rows_and_quarantined_must_be_the_plan(toy, tmp_path):
         writer.commit(0, rows[:2], [QuarantinedExample("toy-2", "toy", "")], {})
     with pytest.raises(InvalidRow, match="there is no shard 3"):
         writer.commit(3, rows, [], {})
+
+
+# --- what is no damage -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("where", ["open_data", "read"])
+def test_what_cannot_be_read_just_now_is_not_set_aside(toy, cache, monkeypatch, where, code):
+    """A server that has gone away says nothing about its files. EIO does: the control."""
+    whole = getattr(Folder, where)
+
+    def refused(self, name, *rest):
+        if "00001" in name:
+            raise OSError(code, os.strerror(code))
+        return whole(self, name, *rest)
+
+    before = contents(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, where, refused)
+        with pytest.raises(StorageError, match=os.strerror(code)):
+            repair(cache)
+        assert contents(cache) == before
+        code = errno.EIO
+        assert repair(cache).found.problems
+    assert contents(cache) != before or where == "read"  # a record is written again from the seal
+
+
+def test_a_late_sweep_leaves_what_was_made_again(toy, cache):
+    """A sealer sleeps; the shard is repaired and made again with other bytes; it wakes up and tidies."""
+    late = toy.writer(cache)
+    seal = late.seal()
+    victim = cache / "shards" / seal.records[1].file
+    victim.write_bytes(b"x" * victim.stat().st_size)
+    assert repair(cache).shards == [1]
+    rows, bad = toy.shard(1)
+    redone = toy.writer(cache).commit(1, [replace(row, prompt="again") for row in rows], bad, {})
+    assert redone.file != victim.name
+    late._sweep(seal)
+    toy.build(cache)
+    assert verify(cache).complete and verify(cache).good
+
+
+def test_a_cache_too_large_for_its_seal_says_so_before_it_writes_one(toy, tmp_path, monkeypatch):
+    writer = toy.writer(tmp_path / "c")
+    for shard in range(3):
+        toy.commit(writer, shard)
+    monkeypatch.setattr("cache_schema.writer.SEAL_MOST_BYTES", 500)
+    with pytest.raises(InvalidManifest, match="cannot be sealed: its records, with 0 quarantined examples"):
+        writer.seal()
+    monkeypatch.setattr("cache_schema.writer.RECORD_MOST_BYTES", 500)
+    with pytest.raises(InvalidRow, match=r"set cache\.shard_examples lower"):
+        toy.commit(toy.writer(tmp_path / "d"), 0)
+    assert not (tmp_path / "c" / "sealed.json").exists() and not list((tmp_path / "d").rglob("*.parquet"))
+
+
+def test_a_file_in_place_of_the_shards(toy, tmp_path):
+    writer = toy.writer(tmp_path / "c")
+    (tmp_path / "c" / "shards").write_text("in the way")
+    with pytest.raises(NotACache, match="shards is a file; expected a folder"):
+        toy.writer(tmp_path / "c")
+    assert writer.missing() == [0, 1, 2]
