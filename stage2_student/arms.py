@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from cache_schema.atomic import publish
+from cache_schema.atomic import create
 from cache_schema.manifest import differences
 from pipeline.alignment import VERSION
 from pipeline.errors import ModelError, RecipeError, RunError, unknown_name
@@ -88,9 +88,13 @@ def plan(experiment: Experiment, student: str | None = None, arm: str | None = N
             folder = run_dir.arm(of_student.name, run.name)
             identity = arm_identity(experiment, of_student, run)
             _check_identity(folder, identity)
-            steps = complete_steps(folder.checkpoints)
-            plans.append(ArmPlan(of_student, run, identity, folder, steps[-1] if steps else 0))
+            plans.append(ArmPlan(of_student, run, identity, folder, newest(folder)))
     return plans
+
+
+def newest(folder: ArmDir) -> int:
+    """The step of the newest complete checkpoint; 0 where there is none."""
+    return max(complete_steps(folder.checkpoints), default=0)
 
 
 def arm_identity(experiment: Experiment, student: StudentPlan, run: ArmRun) -> dict[str, Any]:
@@ -131,19 +135,26 @@ def claimed(arm: ArmPlan) -> Iterator[None]:
     """The arm's folder is ours: arm.json is written where it is not there yet, and locked until we are done or dead;
     what a killed process left half written is swept.
 
-    Raises RunError when another process trains this arm, or the folder cannot be written.
+    Raises RunError when another process trains this arm or has trained it since it was planned (hours ago, where
+    others came first), or the folder cannot be written.
     """
     with storage_errors(arm.folder.root, f"starting {arm.label}"):
         arm.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not arm.folder.identity.exists():
-            publish(arm.folder.identity, (json.dumps(arm.identity, indent=1) + "\n").encode())
-    with arm.folder.identity.open(encoding="utf-8") as file:
+        if not arm.folder.identity.exists():  # `create`: two that come at once must lock the same file
+            create(arm.folder.identity, (json.dumps(arm.identity, indent=1) + "\n").encode())
+    with arm.folder.identity.open("r+", encoding="utf-8") as file:  # NFS locks only what is open for writing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
                 f"{arm.folder.root}: another process is training this arm; let it finish, or set run_dir=<folder>"
             ) from None
+        _check_identity(arm.folder, arm.identity)
+        if (done := newest(arm.folder)) != arm.done:
+            raise RunError(
+                f"{arm.folder.root}: another process trained it meanwhile, from step {arm.done} to step {done}; run the "
+                "same command again: it goes on from there"
+            )
         sweep(arm.folder.root)
         sweep(arm.folder.checkpoints)
         yield
