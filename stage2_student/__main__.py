@@ -5,7 +5,7 @@
 Several processes: set runtime.processes, or start it through `torchrun --standalone --nproc_per_node N -m
 stage2_student ...` oneself; several machines: NODES.md, beside this file. Called again it goes on from the newest
 checkpoints, or says that all is done. An arm that fails does not stop the others; the end names it, with the command
-that tries it again, and the exit code is 2. With --alignment it only reports how many of each student's answer
+that tries it again, and the exit code is 3. With --alignment it only reports how many of each student's answer
 positions have a teacher.
 """
 
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from cache_schema.errors import CacheError
 from pipeline.cli import EXIT_INCOMPLETE, guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.fingerprint import Experiment
@@ -48,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms = plan(experiment, args.student, args.arm)
         reader = experiment.open_cache() if group is not None else None
     if group is not None and reader is not None:  # before anything is decided: each has a run folder of its own, maybe
-        with group.agree():
-            arms = group.same_plan(arms, reader)
+        arms = group.same_plan(arms, reader)
     left = [arm for arm in arms if arm.done < recipe.train.steps]
     several = group is None and recipe.runtime.processes > 1
     if (group is None or group.main) and not (left and several):
@@ -67,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     group = group or _joined(recipe)
     failed = train(recipe, reader, left, group)
-    if failed and len(left) == group.ranks == 1:
-        raise failed[0].error
+    if failed and len(arms) == group.ranks == 1 and isinstance(failed[0].error, UserError | CacheError):
+        raise failed[0].error  # it concerns all that was asked for
     if failed and group.main:
         print(_failures(failed, len(left), recipe_arguments(args)), file=sys.stderr, flush=True)
     return EXIT_INCOMPLETE if failed else 0

@@ -6,6 +6,7 @@ lies on disk (checkpoints, metrics, arm.json) is read and written by the main pr
 its run folder, and get what they need from it over the network.
 """
 
+import json
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor
 
 from cache_schema.errors import CacheError
@@ -28,7 +29,7 @@ from stage2_student.student import Student
 
 WAIT = timedelta(minutes=30)  # for one another; the main process reads a whole cache alone for its alignment.json
 # What stops an arm but not the run; anything else is a bug of ours and ends in a traceback.
-CONTAINED = (UserError, CacheError, OSError, RuntimeError)
+CONTAINED = (UserError, CacheError, OSError, RuntimeError, MemoryError)
 
 
 class GroupBroken(RunError):
@@ -59,9 +60,18 @@ class Group:
             return total
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank; plain Python objects. Raises GroupBroken."""
+        """Every process's value, by rank: plain JSON (a tuple comes back as a list), sent as such, since what another
+        machine sends is not to be unpickled. Raises GroupBroken."""
+        if self.ranks == 1:
+            return [value]
+        device, mine = self.accelerator.device, bytearray(json.dumps(value).encode())
         with _connection():
-            return list(gather_object([value]))
+            sizes = self.accelerator.gather(torch.tensor([len(mine)], device=device)).tolist()
+            mine += bytes(max(sizes) - len(mine))
+            padded = torch.frombuffer(mine, dtype=torch.uint8).to(device)
+            everything = bytes(self.accelerator.gather(padded).cpu().numpy())
+        each = range(0, len(everything), len(mine))
+        return [json.loads(everything[start : start + size]) for start, size in zip(each, sizes, strict=True)]
 
     @contextmanager
     def agree(self) -> Iterator[None]:
@@ -97,7 +107,9 @@ class Group:
 
         Raises RunError naming process, machine and fields where they differ.
         """
-        mine = {"cache": reader.manifest.fingerprint, "examples": len(reader), **{a.label: a.identity for a in arms}}
+        with self.agree():
+            mine = {"cache": reader.manifest.fingerprint, "examples": len(reader)}
+            mine |= {arm.label: arm.identity for arm in arms}
         found = self.gather((socket.gethostname(), mine, [arm.done for arm in arms]))
         lines = []
         for rank, (host, theirs, _) in enumerate(found):

@@ -18,12 +18,16 @@ from safetensors import safe_open
 from cache_schema.errors import FingerprintMismatch, IncompleteCache, NotACache
 from pipeline.cli import EXIT_INCOMPLETE
 from pipeline.errors import ModelError, RecipeError, RunError
+from pipeline.fingerprint import Experiment
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run_dir import RunDir
 from pipeline.sections import Train
 from stage2_student.__main__ import main
+from stage2_student.arms import claimed, plan
 from stage2_student.checkpoint import complete_steps
-from stage2_student.train import learning_rate
+from stage2_student.group import Group
+from stage2_student.student import Student
+from stage2_student.train import learning_rate, train
 
 
 def made(tmp_path: Path, **overrides: Any) -> tuple[str, Recipe]:
@@ -222,8 +226,27 @@ def test_an_arm_that_cannot_be_trained_does_not_keep_the_others_from_it(
     assert main(alone) == 0  # the oracle: an arm trained behind one that failed is the same to the bit
     other = load_recipe(path, alone[5:])
     assert {arm: adapter(other, arm, 4) for arm in recipe.arms} == before
-    with pytest.raises(ModelError, match="is not the one that the cache was made with"):  # one arm: its own error
+    # Again, with one arm left of the two that are asked for: the same. One arm asked for: its own error.
+    assert main(["--recipe", path, "--student", "alien"]) == EXIT_INCOMPLETE
+    assert "error: 1 of 1 arms failed:\n- alien/distill: " in capsys.readouterr().err
+    with pytest.raises(ModelError, match="is not the one that the cache was made with"):
         main(["--recipe", path, "--student", "alien", "--arm", "distill"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory: 99 GB"), MemoryError(), OSError(5, "bad")])
+def test_an_arm_alone_that_the_machine_fails_is_incomplete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """No mistake of the user's, so the report with its command, and not exit code 2 or a bare traceback."""
+
+    def backward(*_: Any) -> None:
+        raise error
+
+    path, _ = made(tmp_path)
+    monkeypatch.setattr(Student, "backward", backward)
+    assert main(["--recipe", path, "--arm", "sft"]) == EXIT_INCOMPLETE
+    said = capsys.readouterr().err
+    assert f"error: 1 of 1 arms failed:\n- toy/sft: {type(error).__name__}: {error}\nto try those again:\n" in said
 
 
 def test_a_damaged_page_or_a_loss_that_is_not_finite_stops_its_own_arm(
@@ -277,6 +300,45 @@ def test_one_process_an_arm(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=rf"{folder.root}: another process is training this arm"):
             main(["--recipe", path, "--arm", "sft"])
     assert main(["--recipe", path, "--arm", "sft"]) == 0
+
+
+def test_an_arm_that_another_process_trained_meanwhile_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command twice: one process comes hours after it looked to an arm that the other has trained by then."""
+    path, recipe = made(tmp_path)
+    experiment = Experiment(recipe)
+    early = plan(experiment)
+    assert main(["--recipe", path, "--arm", "distill"]) == 0
+    before = {p: p.read_bytes() for p in RunDir.of(recipe).arm("toy", "distill").root.rglob("*") if p.is_file()}
+    failed = train(recipe, experiment.open_cache(), early, Group.join(cpu=True))
+    assert [f.arm.label for f in failed] == ["toy/distill"] and isinstance(failed[0].error, RunError)
+    assert "another process trained it meanwhile, from step 0 to step 4; run the same command" in str(failed[0].error)
+    assert {p: p.read_bytes() for p in RunDir.of(recipe).arm("toy", "distill").root.rglob("*") if p.is_file()} == before
+    assert RunDir.of(recipe).arm("toy", "sft").checkpoint(4).is_dir()
+    with claimed(plan(experiment)[1]):  # the control: a plan made now is gone on with
+        pass
+
+
+def test_settings_that_another_process_began_with_meanwhile_are_not_mixed(tmp_path: Path) -> None:
+    path, recipe = made(tmp_path)
+    early, _ = plan(Experiment(recipe))
+    other, _ = plan(Experiment(load_recipe(path, ["train.lr=0.5"])))
+    with claimed(other):
+        pass
+    with pytest.raises(RunError, match=r"train\.lr: trained with 0\.5, now asked for 0\.001"), claimed(early):
+        pass
+
+
+def test_two_that_begin_an_arm_at_once_lock_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both see no arm.json; the second writes its own when the first holds the lock."""
+    _, recipe = made(tmp_path)
+    arm, _ = plan(Experiment(recipe))
+    real = Path.exists
+    with claimed(arm):
+        monkeypatch.setattr(Path, "exists", lambda p, **more: p != arm.folder.identity and real(p, **more))
+        with pytest.raises(RunError, match="another process is training this arm"), claimed(arm):
+            pass
 
 
 def test_nan_stops_the_run_with_the_example(tmp_path: Path) -> None:
