@@ -1,6 +1,6 @@
 """Shared by all tests: how often a promise was tried. `benchmarks/promises.py` makes the README's table of it.
 
-@pytest.mark.promise("A torn or altered file is never read as data")
+@pytest.mark.promise(promised.TORN)
 def test_flipped_bits(tried): ...; tried(1476, "flipped bits")
 """
 
@@ -9,12 +9,16 @@ from collections.abc import Callable
 import pytest
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test says which promise it proves even where it is skipped."""
+    if (promise := item.get_closest_marker("promise")) is not None:
+        item.user_properties.append(("promise", promise.args[0]))
+
+
 @pytest.fixture
 def tried(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[[int, str], None]:
     """`tried(count, what)`: count of `what` were tried, and none was lost; call it once all of them have held."""
-    promise = request.node.get_closest_marker("promise")
-    assert promise is not None, "a test that counts what it tried says which promise it proves"
-    record_property("promise", promise.args[0])
+    assert request.node.get_closest_marker("promise"), "a test that counts what it tried says which promise it proves"
 
     def tried(count: int, what: str) -> None:
         assert count > 0, f"no {what} tried"
