@@ -5,7 +5,7 @@
 A simulation: no byte goes anywhere. Each worker runs the package's own `CacheWriter` (what is missing, claims, what a
 commit asks) on a store that keeps names and sizes in memory and charges a virtual clock for every request. What that
 costs is assumed, and printed; sealing is reckoned from it. What local code takes (opening a seal of so many records,
-the order of an epoch) is measured here, now, with the real code. Bytes a position are those of results/cache_bytes.json.
+the order of an epoch) is measured here, now, with the real code. Bytes a position are those that cache_bytes.py found.
 """
 
 import argparse
