@@ -14,8 +14,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cache_schema.errors import CacheError, IncompleteCache
+
+if TYPE_CHECKING:
+    from cache_schema.verify import VerifyReport
 
 DAMAGED = 1
 
@@ -98,13 +102,12 @@ def _verify(location: str) -> int:
         print(f"BAD        {problem}")
     if not report.good:
         bad = sorted({p.shard for p in report.problems if p.shard is not None})
-        print(f"not good: {len(report.problems)} problems" + (f", in shards {', '.join(map(str, bad))}" if bad else ""))
+        count = f"{len(report.problems)} problem" + "s" * (len(report.problems) > 1)
+        print(f"not good: {count}" + (f", in shards {', '.join(map(str, bad))}" if bad else ""))
         return DAMAGED
     if not report.complete:
         print("what is there is good")
-        raise IncompleteCache(
-            report.store.location, report.manifest.shards, report.missing, report.manifest.stage1_command
-        )
+        raise _incomplete(report)
     print("good")
     return 0
 
@@ -126,11 +129,20 @@ def _repair(location: str) -> int:
         print("not good: what is left cannot be repaired; copy the cache again, or make it again in another folder")
         return DAMAGED
     if report.set_aside:
-        shards = f"shards {', '.join(map(str, report.shards))}" if report.shards else "what is missing"
-        print(f"next: {manifest.stage1_command}   makes {shards} again, and nothing else")
-    else:
-        print("good" if not report.rewritten else "good again")
+        many = "shards" if len(report.shards) > 1 else "shard"
+        again = f"{many} {', '.join(map(str, report.shards))}" if report.shards else "what is missing"
+        print(f"next: {manifest.stage1_command}   makes {again} again, and nothing else")
+        return 0
+    if not report.found.complete:
+        print("what is there is good")
+        raise _incomplete(report.found)
+    print("good again" if report.rewritten else "good")
     return 0
+
+
+def _incomplete(found: VerifyReport) -> IncompleteCache:
+    manifest = found.manifest
+    return IncompleteCache(found.store.location, manifest.shards, found.missing, manifest.stage1_command)
 
 
 def _progress(done: int, of: int) -> None:

@@ -320,3 +320,24 @@ def test_needs_numpy_and_pyarrow_only():
 
 def test_totals_are_in_the_reader_too(cache):
     assert CacheReader.open(cache).totals() == verify(cache).totals
+
+
+def test_repair_says_what_it_did_and_what_is_left_to_do(toy, cache, capsys):
+    assert main(["repair", str(cache)]) == 0 and capsys.readouterr().out == "good\n"
+    victim = next((cache / "shards").glob("00001-*"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"X")
+    assert main(["repair", str(cache)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [
+        "set aside  sealed.json",
+        "set aside  shards/00001.json",
+        f"set aside  shards/{victim.name}",
+        "next: python -m stage1_teacher --recipe toy   makes shard 1 again, and nothing else",
+    ]
+    assert main(["repair", str(cache)]) == 3
+    out, errors = capsys.readouterr()
+    assert out == "what is there is good\n" and "1 of 3 shards are missing (1)" in errors
+    toy.build(cache)
+    (cache / "shards" / "00000.json").unlink()
+    assert main(["repair", str(cache)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["rewritten  shards/00000.json, from the seal", "good again"]
