@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,13 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from pipeline.errors import RunError, first_line
+from cache_schema.errors import CacheError
+from pipeline.errors import RunError, UserError, first_line
 from pipeline.handout import Handout, Outcome, Unit
 from pipeline.recipe import Recipe
 
 _POLL_S = 0.5
 _LOOK_AGAIN_S = 2.0  # at units that others have claimed
-_NO_WORKER_S = 600.0  # without a single worker that could start
+_NO_WORKER_S = 600.0  # without a place for a single worker; loading a model may take as long as it likes
 _OBJECT_STORE_BYTES = 100 * 2**20  # of a cluster made here: nothing large passes through it
 
 
@@ -42,19 +44,34 @@ class Worker(Protocol):
         ...
 
     def progress(self) -> dict[Unit, int]:
-        """How far the units are whose outcome is not told; called while the others run."""
+        """How far the units are whose outcome is not told; called while the others run, `start` too."""
         ...
+
+
+def started(folder: str, load: Callable[[], None]) -> str:
+    """What `Worker.start` answers of a load, with relative paths beginning at the driver's folder."""
+    with suppress(OSError):  # a machine without that folder serves a recipe without relative paths
+        os.chdir(folder)
+    try:
+        load()
+    except (UserError, CacheError) as error:
+        return f"on {socket.gethostname()}: {error}"
+    except Exception:
+        return f"on {socket.gethostname()}: {traceback.format_exc()}"
+    return ""
 
 
 @dataclass
 class _Slot:
-    """One worker, and the one that takes its place when it dies. doing: the call in progress, start, work or finish."""
+    """One worker, and the one that takes its place when it dies. doing: the call in progress, start, work or finish.
+    placed: it has answered, so it has a place on the cluster. refused: what was wrong at its start."""
 
     number: int
     actor: Any = None
     doing: str = ""
     call: Any = None
-    ready: bool = False
+    placed: bool = False
+    refused: str = ""
     poll: Any = None
     progress: dict[Unit, int] = field(default_factory=dict)
 
@@ -85,7 +102,8 @@ class Cluster:
     ) -> None:
         for slot in self._slots:
             if slot.actor is not None:
-                self._ray.kill(slot.actor)
+                with suppress(self._ray.exceptions.RayError, ConnectionError):  # the cluster itself may be gone
+                    self._ray.kill(slot.actor)
         if self._connected:
             self._ray.shutdown()
 
@@ -102,7 +120,28 @@ class Cluster:
         missing: the units that are not done, by whomever. size: of a unit, in what `show` and `progress` count. extra:
         what a worker must know of a unit beside its name. Raises RunError for what concerns all units.
         """
-        looked = last_ready = time.monotonic()
+        for slot in self._slots:
+            if slot.refused:  # in an earlier run: it has loaded nothing
+                handout.give_up(slot.number, slot.refused)
+        try:
+            self._run(handout, missing, size, show, extra)
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
+            raise RunError(
+                f"runtime.executor is {self._runtime.executor}: the Ray cluster was lost: {first_line(error)}; see "
+                "that it runs (`ray status` there) and run the same command: what was finished is kept"
+            ) from None
+        if not handout.done and len(handout.given_up) == len(self._slots) and not handout.failures:
+            raise RunError(f"none of {len(self._slots)} workers could start; worker 0: {handout.given_up[0]}")
+
+    def _run(
+        self,
+        handout: Handout,
+        missing: Callable[[], Collection[Unit]],
+        size: Callable[[Unit], int],
+        show: Callable[[int], None],
+        extra: Callable[[Unit], Any],
+    ) -> None:
+        looked = last_placed = time.monotonic()
         while not handout.over({slot.number for slot in self._slots}):
             self._hand_out(handout, extra)
             calls = {slot.call: slot for slot in self._slots if slot.call is not None}
@@ -111,20 +150,22 @@ class Cluster:
             for call in self._ray.wait(list(calls), num_returns=1, timeout=_POLL_S)[0] if calls else []:
                 self._returned(calls[call], handout, missing)
             now = time.monotonic()
-            if any(slot.ready for slot in self._slots):
-                last_ready = now
-            elif now - last_ready > _NO_WORKER_S:
-                raise RunError(
-                    f"runtime.executor is {self._runtime.executor}: no worker could start in {_NO_WORKER_S:.0f} s; "
-                    f"expected room for {self._options} (see `ray status`); --set runtime.workers=N for smaller ones"
-                )
+            if any(slot.placed and slot.number not in handout.given_up for slot in self._slots):
+                last_placed = now
+            elif now - last_placed > _NO_WORKER_S:
+                raise RunError(self._no_place(handout))
             if handout.taken and now - looked > _LOOK_AGAIN_S:
                 handout.offer_again(missing())
                 looked = now
             self._poll()
             show(handout.size_done(size) + self._in_progress(handout))
-        if not handout.done and len(handout.given_up) == len(self._slots) and not handout.failures:
-            raise RunError(f"none of {len(self._slots)} workers could start; worker 0: {handout.given_up[0]}")
+
+    def _no_place(self, handout: Handout) -> str:
+        given_up = [f"; worker {number} was given no more work: {why}" for number, why in handout.given_up.items()]
+        return (
+            f"runtime.executor is {self._runtime.executor}: no worker could start in {_NO_WORKER_S:.0f} s; expected "
+            f"room for {self._options} (see `ray status`); --set runtime.workers=N for smaller ones{''.join(given_up)}"
+        )
 
     def _hand_out(self, handout: Handout, extra: Callable[[Unit], Any]) -> None:
         """Something to do for every worker that does nothing."""
@@ -152,7 +193,7 @@ class Cluster:
             self._lost(slot, handout, missing, first_line(error))
         else:
             if slot.doing == "start":
-                slot.ready = not result
+                slot.placed, slot.refused = True, result
                 if result:
                     handout.give_up(slot.number, result)
                 return
@@ -167,19 +208,19 @@ class Cluster:
         handout.lost(slot.number, why, missing())
         print(f"worker {slot.number} died with {units} in work: {why}", flush=True)
         self._ray.kill(slot.actor)
-        slot.actor, slot.poll, slot.progress, slot.ready = None, None, {}, False
+        slot.actor, slot.poll, slot.progress, slot.placed = None, None, {}, False
 
     def _poll(self) -> None:
-        """Ask every worker how far it is, without waiting for the answer."""
+        """Ask every worker how far it is, and one that starts whether it has a place. Waits for no answer."""
         for slot in self._slots:
-            if slot.doing != "work" or slot.actor is None:
+            if slot.actor is None or slot.doing not in (("work",) if slot.placed else ("start",)):
                 continue
             if slot.poll is None:
                 slot.poll = slot.actor.progress.remote()
             elif self._ray.wait([slot.poll], timeout=0)[0]:
                 poll, slot.poll = slot.poll, None
                 try:
-                    slot.progress = self._ray.get(poll)
+                    slot.progress, slot.placed = self._ray.get(poll), True
                 except self._ray.exceptions.RayError:
                     slot.progress = {}  # its death will show in its call
 
@@ -208,12 +249,13 @@ def connect(executor: str) -> tuple[Any, bool]:
             ray.init(found, **quiet)
         else:
             ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         where = executor if executor != "ray" else os.environ.get("RAY_ADDRESS", "this machine")
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
         raise RunError(
-            f"runtime.executor is {executor}: no connection to the Ray cluster at {where}: "
-            f"{' '.join(str(error).split())[-300:]}; see that it runs (`ray status` there) with this release of Ray, "
-            "or work in this process: --executor local"
+            f"runtime.executor is {executor}: no connection to the Ray cluster at {where}: {text}; see that it runs "
+            "(`ray status` there) with this release of Ray, or work in this process: --executor local"
         ) from None
     return ray, True
 

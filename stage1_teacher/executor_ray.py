@@ -4,18 +4,14 @@ A worker makes its experiment and its teacher from the recipe, comes to the same
 refused, and commits to the cache itself; the driver hands out shards and seals.
 """
 
-import os
 import socket
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_schema.errors import CacheError
 from cache_schema.writer import CacheWriter
-from pipeline.cluster import Cluster
-from pipeline.errors import UserError
+from pipeline.cluster import Cluster, started
 from pipeline.handout import Handout, Outcome, Unit
 from pipeline.recipe import Recipe
 
@@ -33,9 +29,8 @@ class RemoteShards:
     def start(self) -> str:
         """Load the teacher, and open the cache; "" or what is wrong."""
         recipe, folder, command, shards = self._made_of
-        with suppress(OSError):  # a machine without that folder serves a recipe without relative paths
-            os.chdir(folder)
-        try:
+
+        def load() -> None:
             from pipeline.fingerprint import Experiment
             from stage1_teacher.executor import worker_of
             from stage1_teacher.plan import planned
@@ -43,11 +38,8 @@ class RemoteShards:
             experiment = Experiment(Recipe.model_validate_json(recipe))
             writer = CacheWriter.open(experiment.cache_dir, *planned(experiment, command))
             self.shards = worker_of(experiment, writer, shards)
-        except (UserError, CacheError) as error:
-            return f"on {socket.gethostname()}: {error}"
-        except Exception:
-            return f"on {socket.gethostname()}: {traceback.format_exc()}"
-        return ""
+
+        return started(folder, load)
 
     def work(self, unit: Unit, ours: bool, extra: Any) -> list[Outcome]:
         """See Worker."""
