@@ -92,8 +92,7 @@ def training_set(recipe: Recipe) -> TrainingSet:
     if len(tasks) > 1:
         random.Random(f"{data.seed}/mixture").shuffle(examples)
     rows = len(examples)
-    # An empty answer teaches nothing: stage 1 quarantines its example, and it is no worked example either.
-    by_task = {name: [e for e in _usable(examples) if e.task == name and e.answer.strip()] for name in tasks}
+    by_task = {name: [e for e in examples if e.task == name and _worked(e)] for name in tasks}
     for name, members in by_task.items():
         if len(members) <= teacher.shots:
             drawn = sum(example.task == name for example in examples)
@@ -108,7 +107,7 @@ def training_set(recipe: Recipe) -> TrainingSet:
         taken = {(shot.task, shot.prompt) for shots in pool.values() for shot in shots}  # and every row like it
     else:
         pool, taken = {name: tuple(members) for name, members in by_task.items()}, set()
-    rest = [e for e in examples if (e.task, e.prompt) not in taken]
+    rest = [e for e in examples if e.unusable or (e.task, e.prompt) not in taken]
     sound = _usable(rest)
     if data.held_out >= len(sound):
         raise DataError(
@@ -155,8 +154,8 @@ def eval_shots(recipe: Recipe) -> Shots:
     pool: dict[str, tuple[Example, ...]] = {}
     for name in recipe.unseen_tasks if count else []:
         drawn = _examples(name, "train", data, count, seed)
-        if any(e.unusable for e in drawn):
-            drawn = _sample(_usable(_examples(name, "train", data, None)), count, seed)
+        if not all(map(_worked, drawn)):
+            drawn = _sample([e for e in _examples(name, "train", data, None) if _worked(e)], count, seed)
         pool[name] = tuple(drawn)
         if len(pool[name]) < count:
             raise DataError(
@@ -219,6 +218,12 @@ def _scored(name: str, split: str, data: Data) -> list[Example]:
 
 def _usable(examples: Iterable[Example]) -> list[Example]:
     return [example for example in examples if not example.unusable]
+
+
+def _worked(example: Example) -> bool:
+    """Whether it can be a worked example. An empty answer teaches nothing (stage 1 quarantines its example), and an
+    empty prompt asks nothing."""
+    return not example.unusable and bool(example.prompt.strip() and example.answer.strip())
 
 
 def _sample(items: Sequence[T], count: int | None, seed: int) -> list[T]:

@@ -63,6 +63,7 @@ POISONS = {
     "blank": Poison(_json("Why?", " \n\t\u3000"), "empty_answer"),
     "long prompt": Poison(_json("why " * 600), "prompt_exceeds_window"),
     "long answer": Poison(_json("Why?", "so " * 600), "answer_exceeds_window"),
+    "no prompt": Poison(_json("")),  # in a chat an answer to nothing is something to learn
     "new token": Poison(_json("What is <|new|>?"), "id_beyond_vocabulary"),
     "new answer": Poison(_json("Why?", "a <|new|>"), "id_beyond_vocabulary"),
     "template": Poison(_json("FORBIDDEN"), "cannot_encode"),
@@ -260,6 +261,53 @@ def test_no_poison_becomes_a_worked_example_or_a_held_out_row(models: Path, tmp_
     assert Experiment(load_recipe(poisoned)).fingerprint != before
 
 
+@pytest.mark.promise(promised.POISONED)
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_row_of_any_mix_is_lost_among_the_worked_examples(
+    models: Path, tmp_path: Path, count: int, tried: Any
+) -> None:
+    """With shots, which take the rows that repeat them out: never a row that cannot be used, none of a blank prompt."""
+    base = load_recipe(recipe_with(models, tmp_path, [], teacher={"model": str(models / "teacher"), "shots": 2}))
+    path = tmp_path / "data" / "gsm8k" / "train.jsonl"
+    kinds = sorted(kind for kind in POISONS if "10 MB" not in kind)
+    at_data = {"lone_surrogate", "unreadable_row", "not_text", "not_json"}
+    poisoned = 0
+
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=count < 50)
+    @given(st.lists(st.sampled_from(kinds), max_size=9), st.integers(0, 20), st.integers(0, 9), st.integers(0, 9))
+    def nothing_is_lost(drawn: list[str], blanks: int, seed: int, place: int) -> None:
+        nonlocal poisoned
+        mix = [*drawn, *["no prompt"] * blanks]
+        lines = [POISONS[kind].line for kind in mix]
+        path.write_bytes(b"\n".join([*lines[:place], *good(5), *lines[place:]]))
+        teacher = base.teacher.model_copy(update={"shot_seed": seed})
+        split = training_set(base.model_copy(update={"teacher": teacher}))
+        shots = split.shots.pool["gsm8k"]
+        assert len(shots) == 2 and all(s.prompt.strip() and s.answer.strip() and not s.unusable for s in shots)
+        unusable = Counter(e.unusable for e in split.cached if e.unusable)
+        assert unusable == Counter(r for kind in mix if (r := POISONS[kind].reason) in at_data)
+        readable = [POISONS[kind].line for kind in mix if POISONS[kind].reason not in at_data]
+        prompts = Counter(json.loads(line)["question"] for line in [*good(5), *readable])
+        taken_out = sum(prompts[prompt] for prompt in {shot.prompt for shot in shots})
+        assert split.rows == len(mix) + 5 == len(split.cached) + taken_out
+        poisoned += len(mix)
+
+    nothing_is_lost()
+    tried(poisoned, f"poisoned rows in {count} mixes, with worked examples")
+
+
+def test_the_ledger_has_every_row_with_worked_examples_too(models: Path, tmp_path: Path) -> None:
+    """Most rows have an empty prompt: one would be drawn as a worked example, and all that is unreadable with it."""
+    kinds = ["missing", "cut off", "surrogate", "empty", *["no prompt"] * 20]
+    lines = [*good(5), *(POISONS[kind].line for kind in kinds)]
+    recipe = recipe_with(models, tmp_path, lines, teacher={"model": str(models / "teacher"), "shots": 2})
+    assert stage1(["--recipe", recipe]) == 0
+    reader = CacheReader.open(cache_of(recipe))
+    totals, rows = reader.totals(), reader.manifest.provenance["rows"]
+    assert totals.examples.quarantined == Counter(POISONS[kind].reason for kind in kinds if POISONS[kind].reason)
+    assert rows["shots_taken_out"] == 2 and totals.examples.input == len(lines) - 2 == len(reader) + 4
+
+
 def test_a_line_without_end_is_passed_over(models: Path, tmp_path: Path) -> None:
     """Longer than is ever held in memory; the line after it is read."""
     lines = [good(2)[0], b'"' + b"z" * (2 * MAX_LINE_BYTES + 7), good(2)[1]]
@@ -286,9 +334,12 @@ def test_poisoned_test_rows_are_left_out_and_said(
     pairs = [json.dumps({"translation": {"en": f"en {i}", "es": f"es {i}"}}).encode() for i in range(3)]
     (tmp_path / "data" / "eng_spa").mkdir()
     (tmp_path / "data" / "eng_spa" / "train.jsonl").write_bytes(b"\n".join([b"{", *pairs, b"null"]))
-    assert len(eval_shots(unseen).pool["eng_spa"]) == 2 and not any(
-        s.unusable for s in eval_shots(unseen).pool["eng_spa"]
-    )
+    shots = eval_shots(unseen).pool["eng_spa"]
+    assert len(shots) == 2 and not any(s.unusable for s in shots)
+    bare = [json.dumps({"translation": {"en": f"bare {i}", "es": " "}}).encode() for i in range(20)]
+    (tmp_path / "data" / "eng_spa" / "train.jsonl").write_bytes(b"\n".join([*bare, *pairs]))
+    shots = eval_shots(unseen).pool["eng_spa"]
+    assert len(shots) == 2 and all(s.answer.strip() for s in shots)
 
 
 def test_a_gatherer_of_rows_passes_over_what_it_cannot_read(models: Path, tmp_path: Path) -> None:
