@@ -158,11 +158,12 @@ def _trained_with(folder: ArmDir, recipe: Recipe, student: str, run: ArmRun) -> 
     trained = _json(folder.identity)
     settings, arm = recipe.train.model_copy(update={"seed": run.seed}), recipe.arms[run.arm]
     losses = arm.model_dump(mode="json") | {"alignment": arm.alignment or settings.alignment}
-    of_student = {key: value for key, value in trained.get("student", {}).items() if key == "dtype"}
-    of_student |= trained.get("student", {}).get("lora", {})
+    trained_student = _section(trained, "student", folder)
+    of_student = {key: value for key, value in trained_student.items() if key == "dtype"}
+    of_student |= _section(trained_student, "lora", folder)
     pairs = [
-        ("train", trained.get("train", {}), settings.model_dump(mode="json", exclude=_SETTINGS_OF_OTHERS)),
-        (f"arms.{run.arm}", trained.get("losses", {}), losses),
+        ("train", _section(trained, "train", folder), settings.model_dump(mode="json", exclude=_SETTINGS_OF_OTHERS)),
+        (f"arms.{run.arm}", _section(trained, "losses", folder), losses),
         (
             f"students.{student}",
             of_student,
@@ -182,6 +183,16 @@ def _trained_with(folder: ArmDir, recipe: Recipe, student: str, run: ArmRun) -> 
             "another folder (--set run_dir=<folder>)"
         )
     return trained
+
+
+def _section(tree: Mapping[str, Any], key: str, folder: ArmDir) -> dict[str, Any]:
+    found = tree.get(key, {})
+    if not isinstance(found, dict):
+        raise RunError(
+            f"{folder.identity}: expected a JSON object under {key!r}, found {found!r:.60}; restore the file, or "
+            f"remove the arm (rm -r {folder.root}) and train it again"
+        )
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -353,6 +353,14 @@ def test_an_arm_trained_with_other_settings_is_refused(run):
         student_run(run.recipe("students.toy.lora.alpha=9"))
 
 
+@pytest.mark.parametrize("record", [{"student": 3}, {"student": {"lora": []}}, {"train": None}, {"losses": "ce"}])
+def test_an_arm_file_that_is_none_is_named(run, record):
+    identity = RunDir.of(run.recipe()).arm("toy", "sft").identity
+    identity.write_text(json.dumps(record))
+    with pytest.raises(RunError, match=rf"{identity}: expected a JSON object under '\w+', found .*; restore"):
+        student_run(run.recipe())
+
+
 def test_an_arm_trained_on_other_weights_is_refused(run, tmp_path):
     from pipeline.models import locate
 
