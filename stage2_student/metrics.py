@@ -47,12 +47,12 @@ class MetricsLog:
     def _cut_back(self, done: int) -> None:
         kept = []
         if done and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    step = json.loads(line)["step"]
-                except ValueError:  # the line that was being written when the process died
+                    of_the_checkpoint = json.loads(line)["step"] <= done
+                except (ValueError, LookupError, TypeError):  # half a line, where the process died; or damage
                     continue
-                if step <= done:
+                if of_the_checkpoint:
                     kept.append(line + "\n")
         publish(self._path, "".join(kept).encode())
 

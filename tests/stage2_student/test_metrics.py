@@ -33,6 +33,16 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path):
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
 
 
+def test_damaged_lines_are_left_out(tmp_path):
+    """Bytes that are no UTF-8, JSON that is no step: no reason to stop a run that can go on."""
+    folder = ArmDir(tmp_path)
+    write(folder, 0, [1, 2])
+    with folder.metrics.open("ab") as file:
+        file.write(b'\xff\xfe\n3\n{}\n{"step": "2"}\n[]\n{"step": null}\n{"st')
+    write(folder, 2, [3])
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2, 3]
+
+
 def test_the_first_error_is_the_one_told(tmp_path):
     """/dev/full takes nothing: neither the line, nor what is left of it when the file is closed."""
     folder = ArmDir(tmp_path)
