@@ -16,6 +16,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from pipeline.run_dir import RunDir
 from pipeline.tasks import Example
 from stage3_eval import predictions
 from stage3_eval.blocks import HELD_OUT, Block, Blocks
-from stage3_eval.conditions import Condition, asked, baselines, check_not_stale
+from stage3_eval.conditions import ZERO_SHOT, Condition, asked, baselines, check_not_stale
 from stage3_eval.generate import ADAPTER_FILE, Engine
 from stage3_eval.predictions import Prediction, PredictionFile, prompt_digest
 from stage3_eval.subject import Subject
@@ -62,9 +63,17 @@ class Answers:
         self._labels: dict[str, list[int]] = {}
         self._engine: Engine | None = None
 
-    def of(self, condition: Condition, block: Block) -> Mapping[str, Prediction]:
-        """id -> prediction, of those that are there."""
-        return self._file(condition, block).predictions
+    def of(self, condition: Condition, block: Block) -> PredictionFile:
+        """The answers that are there to the examples of a block, and to these very prompts: an id alone may be that of
+        another row, where a file was written from other data."""
+        file, job = self._file(condition, block), Job(condition, block, block.examples)
+        found = [file.of(example, self._digest(job, example)) for example in block.examples]
+        return replace(file, predictions={prediction.id: prediction for prediction in found if prediction})
+
+    @property
+    def folder(self) -> Path:
+        """Where the predictions lie."""
+        return self._run_dir.predictions(self.subject.name, ZERO_SHOT).parent
 
     def missing(self, job: Job) -> list[Example]:
         """The examples of a job that have no answer yet."""
@@ -143,7 +152,7 @@ class Answers:
         if self._engine is not None:
             return
         select = [self._blocks.held_out] if self.recipe.eval.select == HELD_OUT else []
-        kinds = [Condition("zero_shot"), *(c for c in baselines(self.recipe) if c.few_shot)]
+        kinds = [Condition(ZERO_SHOT), *(c for c in baselines(self.recipe) if c.few_shot)]
         jobs = [Job(kind, block, block.examples) for kind in kinds for block in [*self._blocks.scored, *select]]
         needed = [self._tokens_needed(job, e) for job in jobs if asked(*job[:2]) for e in job.examples]
         room = self.subject.window or math.inf

@@ -92,7 +92,8 @@ class ModelRun:
                 headline, held_out = self._headline()  # where a headline checkpoint is lost, another stands for its arm
         finally:
             self.answers.close()
-        files = {key: file for key, file in self.answers.files.items() if key[0] not in self.missing}
+        jobs = [*self._selection_jobs(), *self._jobs(headline)]
+        files = {(c.name, block.name): self.answers.of(c, block) for c, block, _ in jobs}
         return Evaluated(self.name, tuple(self.runs), headline, held_out, files, self.missing)
 
     def jobs_of(self, wanted: Sequence[tuple[str, str, bool]]) -> list[Job]:
@@ -100,6 +101,11 @@ class ModelRun:
         checkpoints = [c for run in self.runs for c in run.checkpoints.values()]
         conditions = {c.name: c for c in [*self._untouched(), *checkpoints]}
         blocks = {block.name: block for block in [*self._blocks.scored, self._blocks.held_out]}
+        if unseen := sorted({condition for condition, _, _ in wanted} - conditions.keys()):
+            raise RunError(
+                f"{self.name}/{unseen[0]}: expected its checkpoint under {self._run_dir.root}, found "
+                f"{', '.join(c.name for c in checkpoints) or 'none'}; does every machine see this folder?"
+            )
         return [
             Job(conditions[condition], blocks[block], blocks[block].curve if curve else blocks[block].examples)
             for condition, block, curve in wanted
@@ -145,7 +151,7 @@ class ModelRun:
         found: dict[str, dict[int, float]] = {}
         for condition, block, _ in jobs:
             assert condition.run is not None and condition.step is not None
-            value = first_metric_mean(self.recipe, block, self.answers.of(condition, block), condition.name)
+            value = first_metric_mean(self.recipe, block, self.answers.of(condition, block).predictions, condition.name)
             found.setdefault(condition.run, {})[condition.step] = value
         return {run: max(sorted(steps), key=steps.__getitem__) for run, steps in found.items()}, found
 

@@ -5,17 +5,13 @@ the run folder that all machines must share. The driver decides what is asked, c
 the report, from those predictions. See stage1_teacher/RAY.md.
 """
 
-import os
 import socket
-import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cluster import Cluster
-from pipeline.errors import UserError
+from pipeline.cluster import Cluster, started
 from pipeline.handout import Handout, Outcome, Unit, failed
 from pipeline.progress import progress
 from pipeline.recipe import Recipe
@@ -42,19 +38,15 @@ class RemoteAnswers:
     def start(self) -> str:
         """Read the recipe and its examples; "" or what is wrong."""
         recipe, folder = self._made_of
-        with suppress(OSError):  # a machine without that folder serves a recipe without relative paths
-            os.chdir(folder)
-        try:
+
+        def load() -> None:
             from stage3_eval.blocks import Blocks
 
             self._recipe = Recipe.model_validate_json(recipe)
             self._blocks = Blocks(self._recipe)
             _ = self._blocks.scored
-        except UserError as error:
-            return f"on {socket.gethostname()}: {error}"
-        except Exception:
-            return f"on {socket.gethostname()}: {traceback.format_exc()}"
-        return ""
+
+        return started(folder, load)
 
     def work(self, unit: Unit, ours: bool, extra: tuple[str, list[tuple[str, str, bool]]]) -> list[Outcome]:
         """Generate what a condition lacks, loading its model where it is another than the last one's."""
@@ -74,6 +66,7 @@ class RemoteAnswers:
         except CannotSave as error:
             return [Outcome(unit, "stop", f"on {socket.gethostname()}: {error}")]
         except Exception as error:
+            error.add_note(f"on {socket.gethostname()}")
             return [failed(unit, error)]
 
     def finish(self) -> list[Outcome]:
@@ -137,8 +130,13 @@ class Crew:
         there = wanted - sum(sizes.values())
         with progress(f"stage 3, {model}", wanted, "answers", done=there) as bar:
             self._cluster.run(handout, missing, sizes.__getitem__, lambda done: bar.show(there + done), extra)
-        answers.forget(jobs)
-        for job in jobs:
-            answers.missing(job)  # reads the file
         given_up = "; ".join(handout.given_up.values())
-        return handout.failures | dict.fromkeys(handout.untried, f"not tried, since {given_up}")
+        reasons = handout.failures | dict.fromkeys(handout.untried, f"not tried, since {given_up}")
+        return reasons | {unit: self._not_seen(answers) for unit in missing() if unit not in reasons}
+
+    def _not_seen(self, answers: Answers) -> str:
+        """Why a condition is missing of which a worker said that it is done."""
+        return (
+            f"its worker says that it is done, but answers to these questions are not in {answers.folder}: does every "
+            f"machine see this folder, and the same rows in data.dir ({self._recipe.data.dir or 'from the Hub'})?"
+        )

@@ -1,7 +1,9 @@
 """Stage 3: a checkpoint that fails is left out and told, and the table is the same wherever it was generated."""
 
+import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,10 +17,13 @@ import toys
 from toy_adapters import write_checkpoint
 
 from pipeline.errors import RunError
-from pipeline.recipe import load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.run_dir import RunDir
-from stage3_eval import predictions
+from stage3_eval import executor_ray, predictions
 from stage3_eval.__main__ import main
+from stage3_eval.blocks import Blocks
+from stage3_eval.evaluate import ModelRun
+from stage3_eval.executor_ray import RemoteAnswers
 from stage3_eval.generate.hf import HFEngine
 
 
@@ -166,3 +171,65 @@ def test_a_damaged_checkpoint_is_left_out_on_a_cluster_too(cluster, clean, run, 
     assert main([*arguments, "--executor", "ray", "--set", "runtime.workers=2"]) == 3
     assert f"toy/sft@4: {adapter}: it is not what was written" in capsys.readouterr().err
     assert "- toy/sft@4: " in table(run)
+
+
+class OtherRows(RemoteAnswers):
+    """The real worker, on a machine whose rows have the same numbers and ask something else."""
+
+    def __init__(self, recipe, folder):
+        read = Recipe.model_validate_json(recipe)
+        data = read.data.model_copy(update={"dir": f"{read.data.dir}-elsewhere"})
+        super().__init__(read.model_copy(update={"data": data}).model_dump_json(), folder)
+
+
+class OneWorkerHere:
+    """In place of a cluster: one worker, in this process."""
+
+    def __init__(self, recipe, worker, arguments):
+        self.worker = worker(*arguments)
+
+    def __enter__(self):
+        assert self.worker.start() == ""
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, handout, missing, size, show, extra):
+        while (unit := handout.next(0)) is not None:
+            for outcome in self.worker.work(unit, False, extra(unit)):
+                handout.settle(0, outcome)
+
+
+@pytest.mark.parametrize("worker", [RemoteAnswers, OtherRows])
+def test_answers_to_other_questions_are_not_scored(clean, run, arguments, monkeypatch, capsys, worker):
+    """A worker whose rows differ answers under the same numbers: its answers are no answers to ours."""
+    data = clean / "data-elsewhere" / "gsm8k"
+    toys.write_jsonl(data / "train.jsonl", toys.rows(30, start=500))
+    toys.write_jsonl(data / "test.jsonl", toys.rows(8, start=700))
+    monkeypatch.setattr(executor_ray, "Cluster", OneWorkerHere)
+    monkeypatch.setattr(executor_ray.Crew.__init__, "__defaults__", (worker,))
+    code = main([*arguments, "--executor", "ray"])
+    err = capsys.readouterr().err
+    if worker is RemoteAnswers:  # the control: with the same rows all is well
+        assert code == 0 and table(run) == table(clean / "scored")
+        return
+    assert code == 3 and "6 conditions are missing" in err
+    assert re.search(
+        r"toy/sft@4: its worker says that it is done, but answers .* are not in \S+/predictions/toy: ", err
+    )
+    assert not (run / "report").exists()
+
+
+def test_an_answer_to_another_question_is_none_wherever_it_came_from(run, arguments, capsys):
+    """Scores are looked up by id; so what is handed to them must be of these prompts."""
+    assert main(arguments) == 0
+    recipe = load_recipe(arguments[1], [arguments[3]])
+    found = ModelRun(recipe, "toy", Blocks(recipe))
+    (job,) = found.jobs_of([("sft@2", "test", False)])
+    assert len(found.answers.of(*job[:2]).predictions) == 8
+    file = found.answers.files["sft@2", "test"]
+    first = file.predictions[job.examples[0].id]
+    predictions.save(file, [dataclasses.replace(first, prompt="of another row")], {})
+    found.answers.forget([job])
+    assert sorted(found.answers.of(*job[:2]).predictions) == sorted(e.id for e in job.examples[1:])
