@@ -59,14 +59,11 @@ def needs_strace() -> None:
         pytest.skip("strace may not trace processes here")
 
 
-def trace(server: ForkServer, arguments: Sequence[object], folder: Path, ignore: str = "(?!)") -> list[Point]:
-    """Run once undisturbed; every call of its main thread that changes something in `folder`, in order.
-
-    ignore: a pattern of lines that are nobody's concern.
-    """
+def trace(server: ForkServer, arguments: Sequence[object], folder: Path) -> list[Point]:
+    """Run once undisturbed; every call of its main thread that changes something in `folder`, in order."""
     child, lines = _traced(server, arguments, [])
     assert child.code == 0, child.output
-    return [point for point in _points(lines, folder) if not re.search(ignore, point.line)]
+    return _points(lines, folder)
 
 
 def inject(
@@ -162,7 +159,10 @@ def stalled(server: ForkServer, arguments: Sequence[object], point: Point, befor
 
 
 _CALL = re.compile(r"(\w+)\((.*)")
-_TEMPORARY = re.compile(r"\.tmp[^/\s]*")  # its name has the process and random digits
+_VARYING = [  # names with the process, the time or random digits
+    (re.compile(r"\.tmp[^/\s]*"), ".tmp"),
+    (re.compile(r"\.tfevents\.[^/\s]*"), ".tfevents"),
+]
 
 
 def _points(lines: Sequence[str], folder: Path) -> list[Point]:
@@ -177,6 +177,8 @@ def _points(lines: Sequence[str], folder: Path) -> list[Point]:
         if str(folder) not in rest or (call == "openat" and "O_CREAT" not in rest):
             continue
         where = [path[len(str(folder)) :] or "." for path in re.findall(rf"{re.escape(str(folder))}[^\">]*", rest)]
-        said = _TEMPORARY.sub(".tmp", " ".join(where))
+        said = " ".join(where)
+        for pattern, plain in _VARYING:
+            said = pattern.sub(plain, said)
         found.append(Point(call, counts[call], said, sum((p.call, p.line) == (call, said) for p in found)))
     return found
