@@ -67,8 +67,10 @@ def _run(args: argparse.Namespace) -> int:
         before = time.monotonic()
         try:
             code = subprocess.run(command, check=False).returncode
-        except FileNotFoundError:
-            raise RunError(f"runtime.python.{stage}: there is no interpreter {command[0]}") from None
+        except OSError as error:
+            raise RunError(
+                f"runtime.python.{stage}: expected a Python interpreter, found {command[0]}: {error.strerror}"
+            ) from None
         incomplete |= code == EXIT_INCOMPLETE
         if code and not (stage == "stage2_student" and code == EXIT_INCOMPLETE):  # the arms that are trained are scored
             resume = shlex.join(["python", "-m", "pipeline", "run", *recipe_arguments(args)])

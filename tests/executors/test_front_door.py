@@ -6,7 +6,7 @@ import toys
 
 from pipeline.__main__ import main
 from pipeline.cli import EXIT_INCOMPLETE
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, RunError
 from pipeline.recipe import load_recipe
 
 STAGES = ("stage1_teacher", "stage2_student", "stage3_eval")
@@ -65,3 +65,16 @@ def test_executors(executor):
 def test_other_executors_are_refused(executor):
     with pytest.raises(RecipeError, match=r"runtime.executor: expected local, ray or ray://HOST:PORT, found"):
         load_recipe("pocket", [f"runtime.executor={executor}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [(".", "Permission denied"), ("nowhere", "No such file"), ("text", "Permission denied"), ("junk", "Exec format")],
+)
+def test_what_is_no_interpreter_is_said(tmp_path, name, what):
+    (tmp_path / "text").write_text("")
+    (tmp_path / "junk").write_bytes(b"\x00" * 64)
+    (tmp_path / "junk").chmod(0o755)
+    recipe = toys.tiny_recipe(tmp_path, runtime={"python": {"stage1_teacher": str(tmp_path / name)}})
+    with pytest.raises(RunError, match=f"runtime.python.stage1_teacher: expected a Python interpreter, .*: {what}"):
+        main(["run", "--recipe", str(recipe)])
