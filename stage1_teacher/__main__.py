@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NotACache, IncompleteCache):
         pass
     else:
+        _asked([], args.shard, reader.manifest.shards)
         print(f"cache {experiment.cache_dir}: complete, {_summary(reader)}; the teacher is not loaded")
         print(_by_task(experiment, reader))
         return 0

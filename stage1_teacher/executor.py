@@ -6,6 +6,7 @@ one shard is an outcome; one that concerns all of them (`concerns_all`) is raise
 """
 
 import errno
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from stage1_teacher.plan import longest
 from stage1_teacher.teacher import load_teacher
 
 LOOK_AGAIN_S = 2.0  # at shards that others have claimed
+QUIET_S = 60.0  # without a claim of theirs: then no other process of torchrun is at work any more
 TAKEN_IN_A_ROW = 8  # then one listing says what others have done: to try each costs requests, in an object store
 _NOWHERE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOTCONN}
 
@@ -61,7 +63,7 @@ class ShardWorker:
 
             def renew(finished: int) -> None:
                 self.captured[shard] += finished
-                self.writer.claim(shard)
+                self._renew(shard)
                 report()
 
             planned = self.writer.manifest.examples_of(shard)
@@ -72,6 +74,15 @@ class ShardWorker:
         provenance = self._provenance | self.capture.teacher.provenance
         self._writing = shard, self._pool.submit(self.writer.commit, shard, rows, quarantined, provenance)
         return outcomes
+
+    def _renew(self, shard: int) -> None:
+        """Renew the claim, a hint: where that fails, no shard that is being captured is lost, and the next batch tries
+        again."""
+        try:
+            self.writer.claim(shard)
+        except StorageError as error:
+            if concerns_all(error):
+                raise
 
     def finish(self) -> list[Outcome]:
         """Wait until what was captured is written; its outcome."""
@@ -112,7 +123,8 @@ def worker_of(experiment: Experiment, writer: CacheWriter, shards: Sequence[Unit
 def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None] = lambda done: None) -> None:
     """Hand the shards to this process's worker, until they are done, have failed here, or the worker is given no more.
 
-    Shards that others have claimed are waited for, and taken over where a claim goes stale. `show` is called with the
+    Shards that others have claimed are waited for, and taken over where a claim goes stale; a process of torchrun that
+    is given no more waits too, see `wait_for_others`. `show` is called with the
     number of examples that are captured of the shards handed out. Raises what concerns all shards.
     """
     manifest = worker.writer.manifest
@@ -134,6 +146,10 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
             report()
             if shard is not None:
                 continue
+            if 0 in handout.given_up:
+                if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                    wait_for_others(worker.writer, handout.given_up[0])
+                break
             if not handout.taken:
                 break
             if not waiting:
@@ -143,6 +159,32 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
             handout.offer_again(set(worker.writer.missing()))
     finally:
         worker.close()
+
+
+def wait_for_others(writer: CacheWriter, why: str) -> None:
+    """Wait until nobody has worked at what is missing for a while: torchrun ends all processes when one of them fails.
+
+    QUIET_S, since a process that loads its teacher, or is between two shards, has claimed none.
+    """
+    print(f"no more shards are tried here: {why}\nwaiting for the other processes to end theirs", flush=True)
+    last_seen, before, found = time.monotonic(), [-1], 0
+    while (missing := writer.missing()) and time.monotonic() - last_seen < QUIET_S:
+        # claimed at two looks: the look of another process that waits like this one claims too, for a moment
+        held = found in missing and _claimed(writer, found)
+        if held or missing != before:
+            last_seen, before = time.monotonic(), missing
+        if not held:
+            ordered = sorted(missing, key=lambda shard: (shard < found, shard))  # they are near what they had
+            found = next((shard for shard in ordered if _claimed(writer, shard)), found)
+        time.sleep(LOOK_AGAIN_S)
+
+
+def _claimed(writer: CacheWriter, shard: int) -> bool:
+    """Whether another process has a shard, or has done it."""
+    if not writer.claim(shard):
+        return True
+    writer.release(shard)
+    return False
 
 
 def waiting_for(taken: Sequence[Unit]) -> str:

@@ -149,6 +149,59 @@ def test_one_shard_alone(arguments, tmp_path, capsys):
         main([*arguments, "--shard", "11"])
 
 
+def test_a_shard_that_there_is_not_is_refused_of_a_complete_cache_too(clean):
+    recipe = ["--recipe", str(clean / "recipe.yaml")]
+    assert main([*recipe, "--shard", "10"]) == 0
+    with pytest.raises(RecipeError, match="--shard 999: the cache has the shards 0 to 10"):
+        main([*recipe, "--shard", "999"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 0), (errno.EROFS, 2)])
+def test_a_heartbeat_that_fails_once_costs_no_shard(clean, arguments, tmp_path, monkeypatch, number, code):
+    """Each shard's second claim, its renewal after a batch, fails; where nothing can be written it stops all."""
+    real, claims = CacheWriter.claim, []
+
+    def claim(self, shard):
+        claims.append(shard)
+        if claims.count(shard) == 2:
+            raise StorageError("claiming failed") from OSError(number, os.strerror(number))
+        return real(self, shard)
+
+    monkeypatch.setattr(CacheWriter, "claim", claim)
+    if code:
+        with pytest.raises(StorageError, match="claiming failed"):
+            main(arguments)
+        return
+    assert main(arguments) == 0
+    assert max(map(claims.count, claims)) >= 2 and data_files(tmp_path / "cache") == data_files(clean / "cache")
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_of_torchrun_a_process_that_is_given_no_more_waits_for_the_others(arguments, monkeypatch, capsys, world):
+    """torchrun ends the others, in the middle of their shards, when one fails. A process by itself ends at once."""
+    experiment = Experiment(load_recipe(arguments[1], [arguments[3]]))
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: other.pid)
+        assert CacheWriter.open(experiment.cache_dir, *planned(experiment, ["stage1_teacher"])).claim(1)
+    monkeypatch.setattr(executor, "LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(executor, "QUIET_S", 0.2)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr(CausalTeacher, "top_k", lambda *_: (_ for _ in ()).throw(RuntimeError("device-side assert")))
+    codes = []
+    process = threading.Thread(target=lambda: codes.append(main(arguments)))
+    process.start()
+    process.join(3 if world == "2" else 100)
+    waits = process.is_alive()
+    other.kill()
+    other.wait()
+    process.join(100)
+    assert waits == (world == "2") and codes == [3]
+    out = capsys.readouterr().out
+    assert ("no more shards are tried here: 3 in a row failed alike" in out) == waits
+    assert "shards that other processes have claimed" not in out  # nothing of theirs would be taken over
+
+
 def test_shards_of_others_are_waited_for_and_taken_over(clean, arguments, tmp_path, monkeypatch, capsys):
     """Another process claims shard 6 and dies of it a second later; we end when the cache is whole."""
     monkeypatch.setattr(executor, "LOOK_AGAIN_S", 0.1)
@@ -228,3 +281,27 @@ def test_a_failed_shard_of_one_process_of_torchrun_does_not_end_the_others(clean
     )
     missing = {name[:5] for name in data_files(clean / "cache")} - {n[:5] for n in data_files(tmp_path / "cache")}
     assert missing == {"00003"}
+
+
+def test_two_processes_that_wait_for_each_other_both_end(arguments, monkeypatch):
+    """Their looks claim for a moment; that is not taken for work. A claim that lasts is."""
+    monkeypatch.setattr(executor, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(executor, "QUIET_S", 0.5)
+    experiment = Experiment(load_recipe(arguments[1], [arguments[3]]))
+    plan = planned(experiment, ["stage1_teacher"])
+    writers = [CacheWriter.open(experiment.cache_dir, *plan) for _ in range(2)]
+    writers[1]._claims._me = {"host": "elsewhere", "pid": 1}
+    waiting = [threading.Thread(target=executor.wait_for_others, args=(w, "broken"), daemon=True) for w in writers]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join(100)
+        assert not thread.is_alive()
+    assert writers[1].claim(5)
+    waiting = threading.Thread(target=executor.wait_for_others, args=(writers[0], "broken"), daemon=True)
+    waiting.start()
+    waiting.join(2)
+    assert waiting.is_alive()
+    writers[1].release(5)
+    waiting.join(100)
+    assert not waiting.is_alive()
