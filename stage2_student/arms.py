@@ -152,8 +152,8 @@ def claimed(arm: ArmPlan) -> Iterator[None]:
         _check_identity(arm.folder, arm.identity)
         if (done := newest(arm.folder)) != arm.done:
             raise RunError(
-                f"{arm.folder.root}: another process trained it meanwhile, from step {arm.done} to step {done}; run the "
-                "same command again: it goes on from there"
+                f"{arm.folder.root}: another process trained it meanwhile, from step {arm.done} to step {done}; "
+                "run the same command again: it goes on from there"
             )
         sweep(arm.folder.root)
         sweep(arm.folder.checkpoints)

@@ -177,6 +177,7 @@ def train_arm(
         with group.agree():
             if problem is not None:
                 raise problem
+            opened.close()  # here, since closing the log may fail too
 
 
 def loader(

@@ -63,6 +63,18 @@ def test_what_fails_on_one_process_stops_its_arm_on_all_and_no_other(tmp_path: P
 
 
 @pytest.mark.slow
+def test_an_arm_whose_log_cannot_be_closed_fails_on_all(tmp_path: Path) -> None:
+    """After the last step, on the main process alone: all end with the same exit code."""
+    path, _ = made(tmp_path, train={"steps": 1}, arms={"sft": None})
+    watch = tmp_path / "watch"
+    done = together.ran(
+        together.torchrun(2, "--recipe", path), together.environment(watch, [["distill", 0, 0, "close"]])
+    )
+    assert "- toy/distill: writing the metrics failed: No space left on device" in done.stderr
+    assert [(watch / f"{rank}.code").read_text() for rank in (0, 1)] == ["3", "3"]
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
     path, _ = made(tmp_path, arms={"sft": None})
     faults = [["distill", 1, 1, "backward", "kill"]]

@@ -1,10 +1,11 @@
 """Stage 2 as it is, watched: run by tests in processes of their own, through torchrun or accelerate.
 
-    WATCH=folder [FAULTS='[["arm", rank, step, "load|backward|save|setup"], ...]'] watched_student.py --recipe R ...
+    WATCH=folder [FAULTS='[["arm", rank, step, "load|backward|save|close|setup"], ...]'] watched_student.py --recipe R
 
 Writes a line a step to `WATCH/<rank>.jsonl` before the step is taken: the arm, the step and the ids of this process's
-examples. FAULTS: what fails, on which process alone, with an error that the real thing could raise there; a fifth
-element "kill" ends the process there instead, as a power cut would.
+examples; at the end, its exit code to `WATCH/<rank>.code`. FAULTS: what fails, on which process alone, with an error
+that the real thing could raise there; a fifth element "kill" ends the process there instead, as a power cut would.
+What another process sent as a pickled object is refused.
 """
 
 import json
@@ -14,12 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import distributed_c10d
+
 from cache_schema.errors import StorageError
 from pipeline.cli import guarded
 from pipeline.errors import RunError
 from stage2_student import __main__ as stage2
 from stage2_student import checkpoint, train
 from stage2_student.batches import Collator
+from stage2_student.metrics import MetricsLog
 from stage2_student.student import Student
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -40,6 +44,7 @@ def watched() -> None:
     log = (Path(os.environ["WATCH"]) / f"{RANK}.jsonl").open("a", buffering=1)
     real = {"arm": train.train_arm, "step": train.take_step, "save": checkpoint.save}
     real |= {"read": Collator.read, "backward": Student.backward, "reset": Student.reset}
+    real |= {"close": MetricsLog.__exit__}
 
     def train_arm(group: Any, student: Any, arm: Any, *rest: Any) -> None:
         now.update(arm=arm.run.name, step=arm.done - 1, loads=arm.done)
@@ -65,14 +70,26 @@ def watched() -> None:
         fail_if_due("save", step, RunError(f"saving the checkpoint of step {step} failed: No space left on device"))
         real["save"](folder, step, *given)
 
+    def close(self: Any, *given: Any) -> None:
+        real["close"](self, *given)
+        if given[0] is None:
+            fail_if_due("close", now["step"], RunError("writing the metrics failed: No space left on device"))
+
     def reset(self: Any, seed: int) -> None:
         fail_if_due("setup", now["step"] + 1, RunError("the adapter is not what it was"))
         real["reset"](self, seed)
 
+    def unpickled(*_: Any) -> None:
+        raise AssertionError("a pickled object came from another process")
+
+    distributed_c10d._unpickler = unpickled  # type: ignore[assignment]
     train.train_arm, train.take_step, checkpoint.save = train_arm, take_step, save  # type: ignore[assignment]
     Collator.read, Student.backward, Student.reset = read, backward, reset  # type: ignore[method-assign]
+    MetricsLog.__exit__ = close  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
     watched()
-    sys.exit(guarded(stage2.main))
+    code = guarded(stage2.main)
+    (Path(os.environ["WATCH"]) / f"{RANK}.code").write_text(str(code))
+    sys.exit(code)
