@@ -2,8 +2,8 @@
 
 Answers that are there are not generated again, so a second call only scores; `--rescore` promises it, and needs
 neither the models nor the checkpoints. A checkpoint that cannot be loaded or generated is left out and listed, with
-exit code 3; the same command tries just those again. `--executor ray` generates on a
-cluster; see stage1_teacher/RAY.md.
+exit code 3; the same command tries just those again. `--executor ray` generates on a cluster; see
+stage1_teacher/RAY.md.
 """
 
 import shlex
@@ -17,7 +17,9 @@ from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, guarded, recipe
 
 if TYPE_CHECKING:
     from pipeline.handout import Unit
+    from pipeline.recipe import Recipe
     from stage3_eval.answers import Job
+    from stage3_eval.blocks import Blocks
     from stage3_eval.evaluate import Evaluated
 
 
@@ -38,42 +40,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RunError(f"--student {args.student}: {unknown_name('student', args.student, recipe.students)}")
 
     from pipeline.tasks import get_task
-    from stage3_eval.answers import Answers
     from stage3_eval.blocks import Blocks
-    from stage3_eval.evaluate import ModelRun
     from stage3_eval.metrics import check_available
     from stage3_eval.report import write_report
 
     started, arguments = time.monotonic(), recipe_arguments(args)
     check_available((metric for task in recipe.data.tasks for metric in get_task(task).metrics), recipe.eval.metrics)
-    blocks, evaluated = Blocks(recipe), []
-    names = [*recipe.eval.references, *recipe.students]
+    blocks = Blocks(recipe)
+    evaluated = _evaluated(recipe, blocks, arguments, args.rescore, args.student)
+    if any(model.files for model in evaluated):
+        command = ["stage3_eval", *arguments, *(["--rescore"] if args.rescore else [])]
+        table, files = write_report(recipe, blocks.scored, evaluated, command)
+        print(f"\n{table}")
+        for path in files:
+            print(f"{'picture' if path.suffix == '.png' else 'report '}  {path}")
+        print(f"done in {time.monotonic() - started:.0f} s")
+    return _say_missing(evaluated, arguments)
+
+
+def _evaluated(
+    recipe: "Recipe", blocks: "Blocks", arguments: Sequence[str], rescore: bool, student: str | None
+) -> "list[Evaluated]":
+    """Every model with its answers, generated where they are missing, here or on a cluster. student: that one alone,
+    and the others whose answers are all there. All models are found before one runs."""
+    from stage3_eval.answers import Answers
+    from stage3_eval.evaluate import ModelRun
+
+    evaluated = []
     with ExitStack() as stack:
         make: Callable[[Answers, Sequence[Job], str], dict[Unit, str]] = Answers.make
-        if recipe.runtime.executor != "local" and not args.rescore:
+        if recipe.runtime.executor != "local" and not rescore:
             from stage3_eval.executor_ray import Crew
 
             make = stack.enter_context(Crew(recipe)).make
-        runs = [
-            ModelRun(recipe, name, blocks, arguments, args.rescore, make) for name in names
-        ]  # found before one runs
+        names = [*recipe.eval.references, *recipe.students]
+        runs = [ModelRun(recipe, name, blocks, arguments, rescore, make) for name in names]
         for run in runs:  # one after another: each frees its memory before the next
             for lacking, why in run.missing.items():
                 print(f"{run.name}/{lacking}: {why}", flush=True)
-            if args.student not in (None, run.name) and not run.complete():
+            if student not in (None, run.name) and not run.complete():
                 print(f"{run.name}: not asked for, and some of its answers are missing; it is left out of the report")
                 continue
             evaluated.append(run.evaluate())
-    command = ["stage3_eval", *arguments, *(["--rescore"] if args.rescore else [])]
-    answered = [model for model in evaluated if model.files]
-    if not answered:
-        return _say_missing(evaluated, arguments)
-    table, files = write_report(recipe, blocks.scored, answered, command)
-    print(f"\n{table}")
-    for path in files:
-        print(f"{'picture' if path.suffix == '.png' else 'report '}  {path}")
-    print(f"done in {time.monotonic() - started:.0f} s")
-    return _say_missing(evaluated, arguments)
+    return evaluated
 
 
 def _say_missing(evaluated: "Sequence[Evaluated]", arguments: Sequence[str]) -> int:

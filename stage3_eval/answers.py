@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import RunError, UserError
+from pipeline.errors import ModelError, RunError, UserError
 from pipeline.handout import Handout, Outcome, Unit, failed
 from pipeline.progress import progress
 from pipeline.recipe import Recipe
@@ -62,6 +62,7 @@ class Answers:
         self._ids: dict[tuple[str, str], list[int]] = {}
         self._labels: dict[str, list[int]] = {}
         self._engine: Engine | None = None
+        self._not_loaded = ""  # why the model could not be
 
     def of(self, condition: Condition, block: Block) -> PredictionFile:
         """The answers that are there to the examples of a block, and to these very prompts: an id alone may be that of
@@ -148,16 +149,26 @@ class Answers:
         return Outcome(name, "done")
 
     def load(self, conditions: Sequence[Condition]) -> None:
-        """The engine, loaded once, with room for every prompt of the run that fits at all, and for these adapters."""
+        """The engine, loaded once, with room for every prompt of the run that fits at all, and for these adapters.
+
+        Raises what loading raises, and ModelError for a model that could not be loaded before: it is not tried again
+        for every checkpoint that steps in for another.
+        """
         if self._engine is not None:
             return
+        if self._not_loaded:
+            raise ModelError(self._not_loaded)
         select = [self._blocks.held_out] if self.recipe.eval.select == HELD_OUT else []
         kinds = [Condition(ZERO_SHOT), *(c for c in baselines(self.recipe) if c.few_shot)]
         jobs = [Job(kind, block, block.examples) for kind in kinds for block in [*self._blocks.scored, *select]]
         needed = [self._tokens_needed(job, e) for job in jobs if asked(*job[:2]) for e in job.examples]
         room = self.subject.window or math.inf
         longest = int(max(tokens for tokens in needed if tokens <= room and tokens < math.inf))
-        self._engine = self.subject.load(longest, sorted({c.adapter for c in conditions if c.adapter}))
+        try:
+            self._engine = self.subject.load(longest, sorted({c.adapter for c in conditions if c.adapter}))
+        except Exception as error:
+            self._not_loaded = failed("", error).reason
+            raise
 
     def forget(self, jobs: Sequence[Job]) -> None:
         """Read these jobs' files again when they are asked for: another process has written them."""

@@ -11,12 +11,13 @@ Called by `answers`.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schema.atomic import publish, remove_temporaries
+from cache_schema.atomic import is_temporary, publish
 from cache_schema.manifest import fingerprint_of
 from pipeline.errors import RunError
 from pipeline.run_dir import RunDir
@@ -24,6 +25,7 @@ from pipeline.tasks import Example
 
 FORMAT = "logitbank predictions 1"
 SUFFIX = ".jsonl.zst"
+_TRIES = 3  # at a temporary file that somebody else swept
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,37 @@ def save(file: PredictionFile, new: Iterable[Prediction], provenance: Mapping[st
     lines = [header, *(asdict(predictions[key]) for key in sorted(predictions))]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     try:
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(file.path.parent)  # of a process that was killed here
-        publish(file.path, zstandard.ZstdCompressor(level=9).compress(text.encode("utf-8")))
+        _write(file.path, zstandard.ZstdCompressor(level=9).compress(text.encode("utf-8")))
     except OSError as error:
         raise RunError(
             f"{file.path}: cannot be written: {error.strerror}; make room or set run_dir=<folder>, and run the same "
             "command: what was saved before is kept"
         ) from None
     return PredictionFile(file.path, file.identity, predictions, provenance)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Publish a file, and sweep what a killed process left beside it. Another machine, which cannot tell whether we
+    live, may sweep ours as well: then it is written again."""
+    for last in range(_TRIES, 0, -1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for beside in path.parent.iterdir():
+            if is_temporary(beside.name) and not _alive(beside.name.split("-")[1]):
+                beside.unlink(missing_ok=True)
+        try:
+            return publish(path, data)
+        except FileNotFoundError:
+            if last == 1:
+                raise
+    return None
+
+
+def _alive(pid: str) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

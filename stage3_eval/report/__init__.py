@@ -25,20 +25,20 @@ RESULTS, TABLE, DETAILS = "results.json", "table.md", "details.md"
 
 
 def write_report(
-    recipe: Recipe, blocks: Sequence[Block], models: Sequence[Evaluated], command: Sequence[str]
+    recipe: Recipe, blocks: Sequence[Block], evaluated: Sequence[Evaluated], command: Sequence[str]
 ) -> tuple[str, list[Path]]:
-    """Write everything; the table as text, and the paths of all files, the pictures last. models: students and
-    references.
+    """Write everything; the table as text, and the paths of all files, the pictures last. evaluated: students and
+    references; one of which nothing could be answered is listed as missing, and in no table.
 
     Raises RunError where a file stands in the folder's place or the disk refuses.
     """
     from stage3_eval.report import pictures
 
-    run_dir = RunDir.of(recipe)
+    run_dir, models = RunDir.of(recipe), [model for model in evaluated if model.files]
     found = results(recipe, blocks, models, provenance(recipe, models, command))
     mixture = len(recipe.data.tasks) > 1
     texts = {TABLE: summary_of(found), DETAILS: tables_of(found)} if mixture else {TABLE: tables_of(found)}
-    found["missing"] = {f"{model.name}/{name}": why for model in models for name, why in model.missing.items()}
+    found["missing"] = {f"{model.name}/{name}": why for model in evaluated for name, why in model.missing.items()}
     if found["missing"]:
         lines = [f"- {name}: {why}" for name, why in found["missing"].items()]
         texts = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import promised
 import pytest
+import torch
 import toys
 from toy_adapters import write_checkpoint
 
@@ -25,6 +26,7 @@ from stage3_eval.blocks import Blocks
 from stage3_eval.evaluate import ModelRun
 from stage3_eval.executor_ray import RemoteAnswers
 from stage3_eval.generate.hf import HFEngine
+from stage3_eval.subject import Subject
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +235,37 @@ def test_an_answer_to_another_question_is_none_wherever_it_came_from(run, argume
     predictions.save(file, [dataclasses.replace(first, prompt="of another row")], {})
     found.answers.forget([job])
     assert sorted(found.answers.of(*job[:2]).predictions) == sorted(e.id for e in job.examples[1:])
+
+
+def test_a_worker_that_does_not_see_the_checkpoints_asks_for_a_shared_folder(clean, run, arguments):
+    """Its machine has another disk: what the driver has found, it has not."""
+    recipe = load_recipe(arguments[1], [arguments[3]])
+    worker = RemoteAnswers(recipe.model_dump_json(), str(Path.cwd()))
+    assert worker.start() == ""
+    shutil.rmtree(RunDir(run).arm("toy", "sft").checkpoint(4))
+    (outcome,) = worker.work("sft@4", False, ("toy", [("sft@4", "test", False)]))
+    assert outcome.state == "failed" and re.search(
+        r"toy/sft@4: expected its checkpoint under \S+/run, found sft@2, distill@2, distill@4; does every machine see "
+        r"this folder\?; on \S+$",
+        outcome.reason,
+    )
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once_and_listed(clean, run, arguments, monkeypatch, capsys):
+    """Not once for every checkpoint that steps in; and the report of the others says that it is missing."""
+    real, tries = Subject.load, []
+
+    def load(self, *rest):
+        if self.name == "toy":
+            tries.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *rest)
+
+    monkeypatch.setattr(Subject, "load", load)
+    reference = f"eval.references={{plain: {{model: {clean / 'model'}, dtype: float32}}}}"
+    assert main([*arguments, "--set", reference, "--set", "eval.select=held_out", "--set", "data.held_out=6"]) == 3
+    err = capsys.readouterr().err
+    assert len(tries) == 1 and "6 conditions are missing" in err and err.count("OutOfMemoryError: CUDA out of") == 6
+    assert "- toy/zero_shot: OutOfMemoryError: CUDA out of memory" in table(run)
+    results = json.loads((run / "report" / "results.json").read_text(encoding="utf-8"))
+    assert list(results["references"]) == ["plain"] and not results["students"] and len(results["missing"]) == 6

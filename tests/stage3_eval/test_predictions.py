@@ -1,9 +1,14 @@
 """Prediction files: what is written is read back, what belongs to something else is not found, damage is named."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache_schema import atomic
 from pipeline.errors import RunError
 from pipeline.run_dir import RunDir
 from pipeline.tasks import Example
@@ -75,8 +80,6 @@ def test_a_prediction_that_weighed_other_labels_is_not_taken(tmp_path):
 
 
 def test_the_newest_is_found_whatever_wrote_it(tmp_path):
-    import os
-
     assert predictions.newest(RunDir(tmp_path), "toy", "sft@2", "test") is None
     old = predictions.save(empty(tmp_path), [PREDICTION], {})
     new = predictions.save(empty(tmp_path, {**IDENTITY, "adapter": "cd"}), [PREDICTION], {})
@@ -128,3 +131,39 @@ def test_a_file_in_place_of_the_folder_is_said(tmp_path):
     (tmp_path / "predictions").write_text("")
     with pytest.raises(RunError, match="cannot be written: Not a directory"):
         predictions.save(empty(tmp_path), [PREDICTION], {})
+
+
+def test_a_temporary_file_of_a_live_process_stays_and_a_dead_ones_goes(tmp_path):
+    """Two calls may score one checkpoint at once: sweeping the other's file made it end with an error."""
+    file = empty(tmp_path)
+    file.path.parent.mkdir(parents=True)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    temporary = file.path.parent / f".tmp-{other.pid}-ab-{file.path.name}"
+    temporary.write_text("half")
+    predictions.save(file, [PREDICTION], {})
+    assert temporary.exists()
+    other.kill()
+    other.wait()
+    predictions.save(file, [PREDICTION], {})
+    assert [path.name for path in file.path.parent.iterdir()] == [file.path.name]
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 3])
+def test_a_file_swept_by_another_machine_is_written_again(tmp_path, monkeypatch, sweeps):
+    """It cannot tell whether we live. Swept in the moment before the file gets its name; thrice is told."""
+    file, real, swept = empty(tmp_path), atomic._write, []
+
+    def write(path, data):
+        real(path, data)
+        if len(swept) < sweeps:
+            swept.append(path)
+            path.unlink()
+
+    monkeypatch.setattr(atomic, "_write", write)
+    if sweeps == 3:
+        with pytest.raises(RunError, match="cannot be written: No such file"):
+            predictions.save(file, [PREDICTION], {})
+    else:
+        predictions.save(file, [PREDICTION], {})
+        assert empty(tmp_path).predictions == {"test/1": PREDICTION}
+    assert len(swept) == sweeps
