@@ -12,8 +12,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -35,8 +34,9 @@ from stage2_student import checkpoint, coverage
 from stage2_student.arms import ArmPlan, StudentPlan, alignment_of, claimed
 from stage2_student.batches import Batch, Collator
 from stage2_student.group import CONTAINED, Group, GroupBroken
+from stage2_student.loading import loader, prefetched
 from stage2_student.metrics import MetricsLog
-from stage2_student.order import batch_indices, rank_slice, seed_of
+from stage2_student.order import rank_slice, seed_of
 from stage2_student.student import Student
 from stage2_student.usable import Usable, lengths, usable_rows
 
@@ -140,8 +140,8 @@ def train_arm(
         log = bar = None
         with group.agree():
             student.reset(seed)
-            gradients = flat_gradients(student.parameters.values())
             parameters = student.parameters.values()
+            gradients = flat_gradients(parameters)
             optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
             if group.main:
                 opened.enter_context(claimed(arm))
@@ -165,11 +165,7 @@ def train_arm(
                     log.write({"step": step + 1, **measured, "tokens_per_s": tokens_per_s})
                     if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                         log.flush()
-                        folder = arm.folder.checkpoint(step + 1)
-                        notes = {
-                            "arm": fingerprint_of(arm.identity),
-                            "provenance": run_notes(group, settings, usable),
-                        }
+                        folder, notes = arm.folder.checkpoint(step + 1), run_notes(group, arm, settings, usable)
                         checkpoint.save(folder, step + 1, student.model, student.parameters, optimizer, notes)
                 except CONTAINED as error:
                     problem = error
@@ -178,39 +174,6 @@ def train_arm(
             if problem is not None:
                 raise problem
             opened.close()  # here, since closing the log may fail too
-
-
-def loader(
-    collator: Collator, usable: Usable, settings: Train, seed: int, rank: int, ranks: int
-) -> Callable[[int], list[Batch]]:
-    """What gives one process its micro-batches of a step: a pure function of the step, so it can run ahead in a
-    thread, and the processes' parts together are the same global batch however many they are."""
-
-    def load(step: int) -> list[Batch]:
-        batch = batch_indices(step, settings.batch_size, len(usable.rows), seed)
-        mine = rank_slice(batch.tolist(), rank, ranks)
-        return collator.read([usable.rows[i] for i in mine], settings.micro_batch_size)
-
-    return load
-
-
-def prefetched(load: Callable[[int], list[Batch]], steps: range) -> Iterator[tuple[int, list[Batch] | Exception]]:
-    """Every step with its micro-batches, or with what kept them from being loaded; those of the next one are loaded in
-    a thread meanwhile."""
-
-    def loaded(step: int) -> list[Batch] | Exception:
-        try:
-            return load(step)
-        except CONTAINED as error:
-            return error
-
-    with ThreadPoolExecutor(1) as ahead:
-        upcoming = ahead.submit(loaded, steps.start)
-        for step in steps:
-            batches = upcoming.result()
-            if step + 1 in steps:
-                upcoming = ahead.submit(loaded, step + 1)
-            yield step, batches
 
 
 def take_step(
@@ -329,9 +292,9 @@ def not_finite(
     )
 
 
-def run_notes(group: Group, settings: Train, usable: Usable) -> dict[str, Any]:
-    """What changes a result by rounding at most, for state.json."""
-    return {
+def run_notes(group: Group, arm: ArmPlan, settings: Train, usable: Usable) -> dict[str, Any]:
+    """For state.json: the arm, and what changes a result by rounding at most."""
+    notes = {
         "processes": group.ranks,
         "micro_batch_size": settings.micro_batch_size,
         "examples": len(usable.rows),
@@ -339,3 +302,4 @@ def run_notes(group: Group, settings: Train, usable: Usable) -> dict[str, Any]:
         "randomness": "dropout: torch.manual_seed of (seed, step, micro-batch, rank); order: of (seed, epoch)",
         **provenance(),
     }
+    return {"arm": fingerprint_of(arm.identity), "provenance": notes}
