@@ -224,12 +224,8 @@ def expanding_dictionary(rows, size):
         indices = parquet.pages[end : end + header[3].value]
         text = size.to_bytes(4, "little") + b"x" * size
         dictionary[2].value = len(text)
-        parquet.put_page(0, "task", dictionary, pa.Codec("zstd").compress(text).to_pybytes())
-        first, packed, unpacked = (chunk[number].value for number in (9, 7, 6))
-        parquet.put_page(0, "task", header, indices)
-        chunk[11] = Field(I64, first)
-        chunk[7].value += packed
-        chunk[6].value += unpacked
+        packed = pa.Codec("zstd").compress(text).to_pybytes()
+        parquet.put_pages(0, "task", [(dictionary, packed), (header, indices)])
         put_shard(cache, 0, parquet.data())
 
     return forge
@@ -274,6 +270,88 @@ def honest_zeros(positions, top_k):
     return forge
 
 
+def decoy(size):
+    """`prompt` twice: a page of `size` bytes, where the data are said to be, and behind it the honest one, where a
+    dictionary is said to be: all that is checked of a reader that believes it."""
+
+    def forge(cache):
+        import pyarrow as pa
+
+        parquet = Parquet.of(data_file(cache, 1).read_bytes())
+        honest, content = parquet.header(0, "prompt")
+        lies, _ = parquet.header(0, "prompt")
+        texts = ((size // 3).to_bytes(4, "little") + b"x" * (size // 3)) * 3
+        lies[2].value = len(texts)
+        parquet.put_page(0, "prompt", lies, pa.Codec("zstd").compress(texts).to_pybytes())
+        at, room = (parquet.chunk(0, "prompt")[n].value for n in (9, 7))
+        for _ in range(3):  # as long as the other, its header too
+            parquet.pages = parquet.pages[: at + room]
+            parquet.put_page(0, "prompt", honest, content)
+            longer = room - parquet.chunk(0, "prompt")[7].value
+            content = content + bytes(longer) if longer > 0 else content[: len(content) + longer]
+        assert not longer
+        parquet.set_dictionary(0, "prompt", parquet.chunk(0, "prompt")[9].value)
+        parquet.chunk(0, "prompt")[9].value = at
+        put_shard(cache, 1, parquet.data())
+
+    return forge
+
+
+def set_dictionary(size):
+    """`task` with a dictionary that says it has so many texts."""
+
+    def forge(cache):
+        parquet = Parquet.of(data_file(cache, 1).read_bytes())
+        chunk = parquet.chunk(0, "task")
+        dictionary, text = parquet.header(0, "task")
+        data, end = thrift.loads(parquet.pages, chunk[9].value)
+        indices = parquet.pages[end : end + data[3].value]
+        dictionary[7].value[1].value = size
+        parquet.put_pages(0, "task", [(dictionary, text), (data, indices)])
+        put_shard(cache, 1, parquet.data())
+
+    return forge
+
+
+def two_readings(cache):
+    """A footer whose list of columns says that it has texts, the first of them long. pyarrow reads columns all the
+    same, and goes on inside that text, to a compression that nobody knows; behind the text stands an honest footer."""
+    parquet = Parquet.of(data_file(cache, 1).read_bytes())
+    root, *others = parquet.footer[2].value
+    columns = b"".join(map(thrift.dumps, [{15: Field(thrift.BINARY, bytes(200))} | root, *others]))
+
+    def tail():  # field 2, the list, is here a truth, of one byte
+        fields = {n: field for n, field in parquet.footer.items() if n > 2}
+        return thrift.dumps({2: Field(thrift.TRUE, True)} | fields)[1:]
+
+    honest = tail()
+    parquet.chunk(0, "prompt")[4].value = 65536
+    text, at = columns + tail(), 3  # these three bytes are a field and its size to one, the size of all to the other
+    assert text[:at] == b"\xf8" + thrift.varint(200)
+    start = thrift.dumps({1: parquet.footer[1]})[:-1] + b"\x19\xf8" + thrift.varint(len(others) + 1)
+    text = text[:at] + text[at:].ljust(0x78 + 128 * 200, b"\0")
+    put_shard(cache, 1, parquet.data(start + text + bytes(len(others)) + honest))
+
+
+def shared_pages(cache):
+    """Two row groups of the same bytes."""
+    parquet = Parquet.of(data_file(cache, 0).read_bytes())
+    positions = json.loads((cache / "shards" / "00000.json").read_text())["positions"]
+    reasons = json.loads((cache / "shards" / "00000.json").read_text())["quarantined_positions"]
+    rows = parquet.footer[3].value
+    shutil.rmtree(cache)
+    Toy(examples=2 * rows, shard_examples=2 * rows).build(cache)
+    parquet.footer[3].value = 2 * rows
+    parquet.footer[4].value *= 2
+    put_shard(cache, 0, parquet.data(), positions=2 * positions,
+              quarantined_positions={reason: 2 * n for reason, n in reasons.items()})  # fmt: skip
+
+
+def said_path(name, path):
+    """A column that says it is another."""
+    return footer_of(lambda p: p.chunk(0, name)[3].__setattr__("value", path))
+
+
 DATA = {
     "2**60 rows": footer_of(lambda p: p.footer.__setitem__(3, Field(I64, 2**60))),
     "2**60 rows in the group": footer_of(lambda p: p.footer[4].value[0].__setitem__(3, Field(I64, 2**60))),
@@ -285,6 +363,7 @@ DATA = {
     "a text of 2 GiB said in the footer": said_size(lambda f: f.replace(b"\x06schema", thrift.varint(HUGE))),
     "2**31 groups said in the footer": said_size(lambda f: f.replace(b"\x19\x1c", b"\x19\xfc\xff\xff\xff\xff\x07")),
     "690 thousand columns in 345 groups": footer_of(columns_of_lies),
+    "lists in lists": said_size(lambda f: b"\x19" * 5000),
     "structs in structs": said_size(lambda f: b"\x1c" * 4_000_000),
     **{f"2**50 {what} of {name}": set_chunk(name, **{number: 2**50}) for name in ("slots.list.element", "prompt")
        for what, number in (("numbers", "f5"), ("unpacked bytes", "f6"), ("bytes", "f7"))},
@@ -307,6 +386,12 @@ DATA = {
     ),
     "a text column of 2**31 empty texts": page("prompt", 2**20, values=HUGE, positions=HUGE),
     "a dictionary that says -1 bytes": page("status.list.element", 2**20, says=-1),
+    "a page of a text that unpacks to 300 MB, and a decoy": decoy(300 * 10**6),
+    "a footer to be read in two ways": two_readings,
+    "two row groups of the same bytes": shared_pages,
+    "a column of a name that nobody knows": said_path("prompt", [b"prompu"]),
+    "a text that says it is slots": said_path("prompt", [b"slots", b"list", b"element"]),
+    "a dictionary of 2**31 - 1 texts": set_dictionary(HUGE),
     "800 rows of one text of 1 MB": expanding_dictionary(800, 10**6),
     "a row of 2**27 logits, all there": honest_zeros(2**17, 2**10),
     "a row of 2**26 logits, all there": honest_zeros(2**14, 2**12),

@@ -119,14 +119,31 @@ class Parquet:
 
     def put_page(self, group: int, name: str, header: thrift.Struct, page: bytes, checksum: bool = True) -> None:
         """Another single page for a column, at the end of the file; the footer's sizes and offsets follow it."""
+        self.put_pages(group, name, [(header, page)], checksum)
+
+    def put_pages(self, group: int, name: str, pages: list[tuple[thrift.Struct, bytes]], checksum: bool = True) -> None:
+        """The same of several pages; where there is more than one, the first is a dictionary."""
         chunk = self.chunk(group, name)
-        header[3].value = len(page)
-        if checksum:
-            crc = zlib.crc32(page)
-            header[4] = thrift.Field(thrift.I32, crc - (crc >> 31 << 32))
-        raw = thrift.dumps(dict(sorted(header.items())))
-        chunk.pop(11, None)
-        chunk[9].value = len(self.pages)
-        chunk[7].value = len(raw) + len(page)
-        chunk[6].value = len(raw) + header[2].value
-        self.pages += raw + page
+        starts, unpacked = [], 0
+        for header, page in pages:
+            header[3].value = len(page)
+            if checksum:
+                crc = zlib.crc32(page)
+                header[4] = thrift.Field(thrift.I32, crc - (crc >> 31 << 32))
+            raw = thrift.dumps(dict(sorted(header.items())))
+            starts.append(len(self.pages))
+            unpacked += len(raw) + header[2].value
+            self.pages += raw + page
+        self.set_dictionary(group, name, starts[0] if len(starts) > 1 else None)
+        chunk[9].value = starts[min(1, len(starts) - 1)]
+        chunk[7].value = len(self.pages) - starts[0]
+        chunk[6].value = unpacked
+
+    def set_dictionary(self, group: int, name: str, at: int | None) -> None:
+        """Where the footer says that a column's dictionary is; None: that it has none."""
+        chunk = self.chunk(group, name)
+        fields = {n: field for n, field in chunk.items() if n != 11}
+        if at is not None:
+            fields[11] = thrift.Field(thrift.I64, at)
+        chunk.clear()
+        chunk.update(sorted(fields.items()))  # a footer's fields come in this order
