@@ -145,7 +145,8 @@ def _struct(data: bytes, at: int, shape: _Shape, depth: int = 0) -> tuple[_Heade
 
 def _value(data: bytes, at: int, kind: int, shape: _Shape, depth: int) -> tuple[Any, int]:
     """A value of this kind and where it ends; see `_struct`. shape: None where any will do but a list."""
-    if shape is not None and kind != {dict: _STRUCT, list: _LIST}.get(type(shape), shape):
+    expected = _STRUCT if isinstance(shape, dict) else _LIST if isinstance(shape, list) else shape
+    if expected not in (None, kind):
         raise KeyError(kind)
     if kind in (_TRUE, _FALSE):  # it has no byte of its own
         return kind == _TRUE, at
