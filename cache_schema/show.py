@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cache_schema.errors import UnknownExample
+from cache_schema.errors import UnknownExample, shown
 from cache_schema.reader import CacheReader
 from cache_schema.schema import TEXT, CacheRow, Status
 
 COLUMN_CHARACTERS = 18
+MOST_NAME = 120  # characters of an id, a task or a reason
+MOST_TEXT = 100_000  # characters of a text: a stranger's has up to 32 MB, each of which takes four to be escaped
 
 
 def find_example(reader: CacheReader, which: str) -> int:
@@ -27,11 +29,12 @@ def find_example(reader: CacheReader, which: str) -> int:
     for record in reader.records:
         for example in record.quarantined:
             if example.example_id == which:
+                reason = _name(example.reason)
                 raise UnknownExample(
-                    f"example {which!r} of task {example.task!r} has no row: it is quarantined, {example.reason}"
+                    f"example {shown(which)} of task {shown(example.task)} has no row: it is quarantined, {reason}"
                 )
     raise UnknownExample(
-        f"the cache at {reader.location} has no example {which!r}\n"
+        f"the cache at {reader.location} has no example {shown(which)}\n"
         f"  next: --example takes a number from 0 to {len(reader) - 1}, or an example's id"
     )
 
@@ -46,12 +49,12 @@ def describe_example(reader: CacheReader, index: int, top: int) -> str:
     vocabulary, manifest = reader.vocabulary(), reader.manifest
     temperature, top = manifest.temperatures[0], min(top, manifest.top_k)
     lines = [
-        f"example {index} of {len(reader)}: {printable(row.example_id)} (task {printable(row.task)})",
+        f"example {index} of {len(reader)}: {_name(row.example_id)} (task {_name(row.task)})",
         "",
         "prompt",
-        *(f"  {printable(line)}" for line in row.prompt.splitlines()),
+        *_lines(row.prompt),
         "answer",
-        *(f"  {printable(line)}" for line in row.answer.splitlines()),
+        *_lines(row.answer),
         "",
         f"the teacher's {top} most likely next tokens before each answer token, at temperature {temperature:g}"
         + (f": probability, and share of {manifest.top_k} draws; only drawn ids are kept" if manifest.sampled else "")
@@ -63,6 +66,16 @@ def describe_example(reader: CacheReader, index: int, top: int) -> str:
     lines.append(header + ("ids drawn" if manifest.sampled else f"outside top {manifest.top_k}"))
     lines += [_position_line(row, t, vocabulary, temperature, top) for t in range(len(row.answer_ids))]
     return "\n".join(lines)
+
+
+def _lines(text: str) -> list[str]:
+    """A text, indented; its beginning where it is too long."""
+    more = [f"  ... ({len(text)} characters in all)"] if len(text) > MOST_TEXT else []
+    return [f"  {printable(line)}" for line in text[:MOST_TEXT].splitlines()] + more
+
+
+def _name(text: str) -> str:
+    return printable(text if len(text) <= MOST_NAME else text[: MOST_NAME - 3] + "...")
 
 
 def _position_line(row: CacheRow, t: int, vocabulary: Sequence[str | None], temperature: float, top: int) -> str:
@@ -90,7 +103,7 @@ def _position_line(row: CacheRow, t: int, vocabulary: Sequence[str | None], temp
 
 def _token(token: int, vocabulary: Sequence[str | None]) -> str:
     text = vocabulary[token]  # the reader has checked the range
-    return f"<{token}>" if text is None else repr(text)[1:-1].replace(" ", "␣")
+    return f"<{token}>" if text is None else repr(text[:64])[1:-1].replace(" ", "␣")
 
 
 def _cell(text: str, extra: int = 0) -> str:

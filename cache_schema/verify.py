@@ -5,6 +5,7 @@ A bad shard does not end the check: all bad ones are named.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from tempfile import TemporaryDirectory
 from cache_schema import layout
 from cache_schema.check import problem_of
 from cache_schema.copies import Copies
-from cache_schema.errors import CacheError, CorruptShard, DamagedDocument, UnknownVersion
+from cache_schema.errors import CacheError, CorruptShard, DamagedDocument, UnknownVersion, shown
 from cache_schema.manifest import Manifest, load_vocabulary
 from cache_schema.record import CommitRecord, Seal, Totals, recorded_shards
 from cache_schema.schema import ALL, CacheRow, Status
 from cache_schema.shard import ShardFile
 from cache_schema.store import Store, open_store
+
+_MOST_TOLD = 1000  # characters of a problem
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,12 @@ class Problem:
 
     shard: int | None
     file: str  # relative to the cache
-    what: str
+    what: str  # may repeat what a stranger wrote
 
     def __str__(self) -> str:
         shard = "" if self.shard is None else f"shard {self.shard}, "
-        return f"{shard}{self.file}: {self.what}"
+        what = self.what if len(self.what) <= _MOST_TOLD else f"{self.what[:_MOST_TOLD]}..."
+        return f"{shard}{self.file}: {what if what.isprintable() else repr(what)[1:-1]}"
 
 
 @dataclass
@@ -80,7 +84,7 @@ def _verify(store: Store, on_shard: Callable[[int, int], None]) -> VerifyReport:
     report = VerifyReport(store, manifest)
     with store.errors("verifying the cache"):
         records = _records(report)
-        seen: dict[tuple[str, str], int] = {}
+        seen: dict[bytes, int] = {}
         for done, (shard, record) in enumerate(sorted(records.items()), start=1):
             try:
                 _check_shard(store, record, manifest, seen)
@@ -136,7 +140,13 @@ def _first_line(error: CacheError) -> str:
     return error.what if isinstance(error, DamagedDocument) else str(error).splitlines()[0]
 
 
-def _check_shard(store: Store, record: CommitRecord, manifest: Manifest, seen: dict[tuple[str, str], int]) -> None:
+def _key(row: CacheRow) -> bytes:
+    """What stands for an example here: its names may be long, and all shards' are held together."""
+    task, example_id = row.task.encode(), row.example_id.encode()
+    return hashlib.blake2b(len(task).to_bytes(8, "little") + task + example_id, digest_size=16).digest()
+
+
+def _check_shard(store: Store, record: CommitRecord, manifest: Manifest, seen: dict[bytes, int]) -> None:
     """Raise CorruptShard unless the data file is exactly what its record says and every row is sound."""
     shard = ShardFile(store, record, manifest)
     found = shard.sha256()
@@ -150,13 +160,12 @@ def _check_shard(store: Store, record: CommitRecord, manifest: Manifest, seen: d
             with shard.reading():
                 row = group.row(i)
             assert isinstance(row, CacheRow)
-            where = f"row {number} (example {row.example_id!r})"
             problem = problem_of(row, manifest, decoded=True)
-            if problem is not None:
-                raise shard.corrupt(f"{where}: {problem}")
-            elsewhere = seen.setdefault((row.task, row.example_id), record.shard)
+            elsewhere = record.shard if problem else seen.setdefault(_key(row), record.shard)
             if elsewhere != record.shard:
-                raise shard.corrupt(f"{where} is in shard {elsewhere} as well")
+                problem = f"it is in shard {elsewhere} as well"
+            if problem is not None:
+                raise shard.corrupt(f"row {number} (example {shown(row.example_id)}): {problem}")
             codes.update(row.status.tolist())
             number += 1
     if codes.total() != record.positions:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from cache_schema.reader import CacheReader
 from cache_schema.schema import ALIGNMENT
 from cache_schema.shard import footer_of, parquet_writer
 from cache_schema.table import ARROW_SCHEMA
-from cache_schema.verify import verify
+from cache_schema.verify import Problem, verify
 
 
 def test_good_cache(toy, cache, capsys):
@@ -264,6 +265,71 @@ def test_show_says_why_an_example_is_not_there(make_toy, tmp_path, capsys):
     assert "it is quarantined, too_long" in capsys.readouterr().err
     assert main(["show", str(path), "--example", "99"]) == 2
     assert "a number from 0 to 5" in capsys.readouterr().err
+
+
+def long_ids(size):
+    def change(table):
+        ids = [f"{name}-{'x' * size}" for name in table["example_id"].to_pylist()]
+        return table.set_column(0, table.schema.field(0), pa.array(ids, pa.string()))
+
+    return change
+
+
+def test_verify_remembers_no_names(make_toy, tmp_path):
+    """Of ids of a megabyte, in eight shards, it holds a few at a time."""
+    size, shards = 10**6, 8
+    cache = make_toy(examples=shards, shard_examples=1).build(tmp_path / "c")
+    for shard in range(shards):
+        forge(cache, shard, long_ids(size))
+    tracemalloc.start()
+    try:
+        assert verify(cache).good
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size < peak < shards * size  # the control: what it holds is counted
+
+
+def test_names_that_run_into_each_other_are_two(make_toy, tmp_path):
+    """Task a, example bc is not task ab, example c; the same pair in two shards is a problem."""
+
+    def named(task, name):
+        return lambda t: t.set_column(0, t.schema.field(0), pa.array([name])).set_column(
+            1, t.schema.field(1), pa.array([task])
+        )
+
+    cache = make_toy(examples=2, shard_examples=1).build(tmp_path / "c")
+    forge(cache, 0, named("a", "bc"))
+    forge(cache, 1, named("ab", "c"))
+    assert verify(cache).good
+    forge(cache, 1, named("a", "bc"))
+    assert [p.what for p in verify(cache).problems] == ["row 0 (example 'bc'): it is in shard 0 as well"]
+
+
+def test_a_message_repeats_little_of_a_cache(cache, capsys):
+    forge(cache, 1, lambda table: with_list("logsumexp", lambda v, o: v + 1)(long_ids(10**6)(table)))
+    assert main(["verify", str(cache)]) == 1
+    out = capsys.readouterr().out
+    assert "BAD" in out and len(out) < 5000
+    assert len(str(Problem(0, "f", "x" * 10**6))) < 2000 and "\x1b" not in str(Problem(0, "f", "\x1b[2J"))
+
+
+def test_show_passes_no_control_characters(make_toy, tmp_path, capsys):
+    path = make_toy(quarantined={2: "\x1b[2J\rgone" + "x" * 10**4}).build(tmp_path / "c")
+    assert main(["show", str(path), "--example", "toy-2"]) == 2
+    told = capsys.readouterr().err
+    assert "\\x1b[2J\\rgone" in told and "\x1b" not in told and "\r" not in told and len(told) < 500
+
+
+def test_show_cuts_a_text_without_end(cache, capsys):
+    def prompt(table):
+        texts = ["\0" * 3 * 10**5] * len(table)
+        return table.set_column(2, table.schema.field(2), pa.array(texts, pa.string()))
+
+    forge(cache, 0, prompt)
+    assert main(["show", str(cache)]) == 0
+    out = capsys.readouterr().out
+    assert "(300000 characters in all)" in out and out.count("\\x00") == 100_000 and "\0" not in out
 
 
 def test_show_of_an_unsealed_cache(toy, tmp_path):
