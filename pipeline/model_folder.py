@@ -6,9 +6,11 @@ and by the stages that load adapters.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cache_schema.errors import shown
 from pipeline.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -24,6 +26,9 @@ _DEFAULTS = {
     "megatron_core": "megatron.core",
     "qalora_group_size": 16,
 }
+MOST_RANK = 4096  # of a LoRA adapter: two matrices of so many columns for each that it adapts
+MOST_ALPHA = 2**20
+_MAX_DEPTH = 64
 
 
 def check_model(folder: Path) -> None:
@@ -37,7 +42,7 @@ def check_model(folder: Path) -> None:
         )
     config = _object(folder / "config.json")
     for place, name in _kernels(config, "config.json"):
-        raise ModelError(f"model {folder}: {place} is {name!r}, code of the Hub; remove it from config.json")
+        raise ModelError(f"model {folder}: {place} is {shown(name)}, code of the Hub; remove it from config.json")
     index = folder / INDEX
     if not index.exists():
         return
@@ -46,7 +51,7 @@ def check_model(folder: Path) -> None:
         raise ModelError(f"{index}: found no weight_map; save the model again")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index}: weight_map names {name!r}, expected safetensors files of the same folder")
+            raise ModelError(f"{index}: weight_map names {shown(name)}, expected safetensors files of the same folder")
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
@@ -58,22 +63,27 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             continue
         if name in _DEFAULTS or not (value is None or value is False or value == {}):
             raise ModelError(
-                f"{path}: {name} is {value!r:.100}; only plain LoRA adapters are loaded. "
-                f"Remove the folder and train again: rm -r {folder}"
+                f"{path}: {shown(name)} is {shown(value)}; only plain LoRA adapters are loaded: train it again as one"
             )
     targets = config.get("target_modules")
     listed = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if config.get("peft_type") != "LORA" or not (listed or targets == "all-linear"):
-        raise ModelError(f"{path}: expected a LoRA adapter with a list of target_modules; found {targets!r:.100}")
+        raise ModelError(f"{path}: expected a LoRA adapter with a list of target_modules; found {shown(targets)}")
+    for name, least, most in (("r", 1, MOST_RANK), ("lora_alpha", 0, MOST_ALPHA), ("lora_dropout", 0, 1)):
+        value = config.get(name, least)
+        if type(value) not in ((int,) if name == "r" else (int, float)) or not least <= value <= most:
+            raise ModelError(f"{path}: {name} is {shown(value)}, expected {least} to {most}")
     return config
 
 
-def _kernels(value: Any, place: str) -> list[tuple[str, str]]:
+def _kernels(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     """Where a config asks for an implementation of the Hub's: an owner, a slash and a name."""
-    if not isinstance(value, dict):
-        return []
-    found = [(f"{place}: {k}", v) for k, v in value.items() if k.endswith("_implementation") and "/" in str(v)]
-    return found + [hit for k, v in value.items() for hit in _kernels(v, f"{place}: {k}")]
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        here = f"{place}: {shown(name)}"
+        if "_implementation" in str(name) and "/" in str(part):
+            yield here, part
+        yield from _kernels(part, here)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -81,6 +91,12 @@ def _object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: it cannot be read: {error}") from None
+    level: list[Any] = [[value]]
+    for _ in range(_MAX_DEPTH):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [item for part in parts for item in part if isinstance(item, dict | list)]
+    if level:
+        raise ModelError(f"{path}: it has lists or objects more than {_MAX_DEPTH} deep in each other")
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected an object, found a {type(value).__name__}")
     return value

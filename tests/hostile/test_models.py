@@ -139,6 +139,14 @@ MODELS = {
         config_of(text_config={"experts_implementation": "evil/kernel:x"}),
         "code of the Hub",
     ),
+    "kernels of the Hub in a list": (config_of(parts=[{"_attn_implementation": "evil/k"}]), "code of the Hub"),
+    "a kernel of the Hub by its inner name": (
+        config_of(_attn_implementation_internal="evil/kernel"),
+        "code of the Hub",
+    ),
+    "a kernel of a long name": (config_of(_attn_implementation="evil/" + "k" * 10**5), "code of the Hub"),
+    "a config nested 900 deep": (written("config.json", '{"a":' * 900 + "1" + "}" * 900), "more than 64 deep"),
+    "an index to a long name": (index_to("x" * 10**5), "weight_map names 'x"),
     "a vocabulary of 2**40": (config_of(vocab_size=2**40), "cannot be loaded"),
     "a config that is a list": (written("config.json", "[1]"), "expected an object, found a list"),
     "a config nested deep": (written("config.json", "[" * 10**5), "config.json: it cannot be read"),
@@ -175,7 +183,7 @@ def test_model_folders(plain, tmp_path, tried):
         else:
             with pytest.raises(UserError, match=refused) as caught:
                 load(folder)
-            assert "model" in str(caught.value), name
+            assert "model" in str(caught.value) and len(str(caught.value)) < 2000, name
         assert not mark.exists(), name
         shutil.rmtree(folder.parent)
     tried(len(MODELS), "model folders with code, pickles or paths to elsewhere")
@@ -230,6 +238,10 @@ ADAPTERS = {
     "a pattern of names": {"target_modules": "(a+)+$"},
     "no names": {"target_modules": None},
     "numbers for names": {"target_modules": [1]},
+    **{f"a rank of {rank}": {"r": rank} for rank in (0, -1, 4097, 10**12, 2.5, True, "8")},
+    **{f"an alpha of {a}": {"lora_alpha": a} for a in (-1, 10**12, float("nan"), float("inf"), "1", None)},
+    "a dropout of 2": {"lora_dropout": 2},
+    "a name and a value of many characters": {"x" * 10**5: "y" * 10**5},
     "something that is yet to be invented": {"run_this": "evil.py"},
 }
 
@@ -252,8 +264,9 @@ def test_adapter_folders(plain, tmp_path, tried, monkeypatch):
         shutil.copytree(honest, folder)
         changed(folder / "adapter_config.json", **changes)
         for use in (lambda f: engine.generate(ask[0], f, *ask[1:]), _targets):
-            with pytest.raises(UserError, match=r"adapter_config\.json"):
+            with pytest.raises(UserError, match=r"adapter_config\.json") as caught:
                 use(folder)
+            assert len(str(caught.value)) < 1000 and "rm -r" not in str(caught.value), name
     for name, change in {"pickled": pickled("adapter_model.bin", False), "cut": weights_of(b"x")}.items():
         folder = tmp_path / name
         shutil.copytree(honest, folder)
