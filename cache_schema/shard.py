@@ -28,7 +28,7 @@ from cache_schema.bounds import (
 )
 from cache_schema.check import problem_of
 from cache_schema.codec import listed_ids, order_of, places_of
-from cache_schema.errors import CorruptShard, InvalidRow, StorageError
+from cache_schema.errors import CorruptShard, InvalidRow, StorageError, shown
 from cache_schema.jsondoc import canonical
 from cache_schema.layout import data as data_path
 from cache_schema.manifest import Manifest
@@ -201,9 +201,9 @@ class ShardFile:
         says = metadata.metadata or {}
         tag = says.pop(b"logitbank", b"")
         if tag != _tag(record.shard, self._manifest):
-            raise self.corrupt(f"it belongs elsewhere: it says {tag.decode(errors='replace')!r}")
+            raise self.corrupt(f"it belongs elsewhere: it says {shown(tag.decode(errors='replace'))}")
         if says:
-            raise self.corrupt(f"its footer has a key {min(says)!r}, expected 'logitbank' alone")
+            raise self.corrupt(f"its footer has a key {shown(min(says))}, expected 'logitbank' alone")
         if metadata.schema.to_arrow_schema().remove_metadata() != ARROW_SCHEMA:
             raise self.corrupt(f"its columns are not those of schema version {self._manifest.schema_version}")
         self._expect_sizes(metadata, record)

@@ -115,8 +115,8 @@ class Cache(Section):
 class Lora(Section):
     """The adapter (Hu et al. 2021, arXiv 2106.09685), by peft."""
 
-    r: int = Field(16, ge=1, description="rank")
-    alpha: int = Field(32, ge=1, description="the update is scaled by alpha / r")
+    r: int = Field(16, ge=1, le=4096, description="rank")
+    alpha: int = Field(32, ge=1, le=2**20, description="the update is scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
     targets: str | list[str] = Field("all-linear", description="module names, or all-linear (never the head)")
 

@@ -7,6 +7,7 @@ device, changes sums by rounding only and is provenance: kept in each checkpoint
 
 import fcntl
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,8 +166,8 @@ def _check_identity(folder: ArmDir, identity: dict[str, Any]) -> None:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: found a file, expected a folder; move it away, or set run_dir=<folder>")
     ways_out = (
-        f"Two ways out: train into another folder (--set run_dir=<folder>), or remove this arm (rm -r {folder.root}) "
-        "and train it again"
+        "Two ways out: train into another folder (--set run_dir=<folder>), or remove this arm "
+        f"(rm -r {shlex.quote(str(folder.root))}) and train it again"
     )
     try:
         found = json.loads(folder.identity.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -100,7 +101,8 @@ def load(
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"checkpoint {folder} cannot be used: {error or type(error).__name__}\n"
-            f"  next: remove it (rm -r {folder}) and run the same command: it goes on from the checkpoint before"
+            f"  next: remove it (rm -r {shlex.quote(str(folder))}) and run the same command: it goes on from the "
+            "checkpoint before"
         ) from None
     return step
 

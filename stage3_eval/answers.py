@@ -14,6 +14,7 @@ A prompt that the tokenizer or the chat template fails on is set aside likewise,
 
 import hashlib
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -360,5 +361,6 @@ def _check_adapter(condition: Condition) -> None:
     if found != condition.adapter_sha256:
         raise RunError(
             f"{path}: it is not what was written (SHA-256 {found[:12]}..., state.json says "
-            f"{str(condition.adapter_sha256)[:12]}...); remove the checkpoint (rm -r {condition.adapter}), train again"
+            f"{str(condition.adapter_sha256)[:12]}...); remove the checkpoint "
+            f"(rm -r {shlex.quote(str(condition.adapter))}), train again"
         )

@@ -146,7 +146,7 @@ def _checkpoints(folder: ArmDir, run: str) -> tuple[list[Condition], dict[str, s
         if not isinstance(step, int) or not isinstance(sha256, str) or path.parent != folder.checkpoint(step):
             damaged[name] = (
                 f"{path}: expected the step of its folder and an adapter_sha256, found step {step!r} and "
-                f"{sha256!r}; remove the checkpoint (rm -r {path.parent}) and train again"
+                f"{sha256!r}; remove the checkpoint (rm -r {shlex.quote(str(path.parent))}) and train again"
             )
             continue
         found.append(Condition(name, run, step, path.parent, sha256))
@@ -190,7 +190,7 @@ def _section(tree: Mapping[str, Any], key: str, folder: ArmDir) -> dict[str, Any
     if not isinstance(found, dict):
         raise RunError(
             f"{folder.identity}: expected a JSON object under {key!r}, found {found!r:.60}; restore the file, or "
-            f"remove the arm (rm -r {folder.root}) and train it again"
+            f"remove the arm (rm -r {shlex.quote(str(folder.root))}) and train it again"
         )
     return found
 

@@ -12,6 +12,7 @@ Called by `answers`.
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def load(path: Path, identity: Mapping[str, Any] | None = None) -> PredictionFil
 
     if not path.exists():
         return PredictionFile(path, dict(identity or {}), {}, {})
-    again = f"remove it (rm '{path}') and run the same command: it is generated again"
+    again = f"remove it (rm {shlex.quote(str(path))}) and run the same command: it is generated again"
     try:
         with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
             lines = stream.read().decode("utf-8").removesuffix("\n").split("\n")
