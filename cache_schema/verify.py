@@ -161,11 +161,11 @@ def _check_shard(store: Store, record: CommitRecord, manifest: Manifest, seen: d
                 row = group.row(i)
             assert isinstance(row, CacheRow)
             problem = problem_of(row, manifest, decoded=True)
-            elsewhere = record.shard if problem else seen.setdefault(_key(row), record.shard)
-            if elsewhere != record.shard:
-                problem = f"it is in shard {elsewhere} as well"
+            if problem is None and (key := _key(row)) in seen:
+                problem = "it is there twice" if seen[key] == record.shard else f"it is in shard {seen[key]} as well"
             if problem is not None:
                 raise shard.corrupt(f"row {number} (example {shown(row.example_id)}): {problem}")
+            seen[key] = record.shard
             codes.update(row.status.tolist())
             number += 1
     if codes.total() != record.positions:

@@ -151,6 +151,7 @@ FORGERIES = {
     "not finite": with_list("log_tail", lambda v, o: v * np.nan),
     "answer_offsets run from 0 to 10000": with_list("answer_offsets", first_to(10_000)),
     "answer_offsets run from -1": with_list("answer_offsets", first_to(-1)),
+    "is there twice": lambda t: t.set_column(0, t.schema.field(0), pa.array(["x", "y", "x"], pa.string())),
     "is in shard 0 as well": lambda t: t.set_column(0, t.schema.field(0), pa.array(["toy-0", "x", "y"], pa.string())),
     "its columns are not those": lambda t: t.drop_columns(["status"]),
     "2 rows, its commit record says 3": lambda t: t.slice(0, 2),
