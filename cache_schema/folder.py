@@ -19,7 +19,7 @@ from cache_schema.store import Store
 
 
 class Folder(Store):
-    """The cache at `root`."""
+    """The cache at `root`. What each method promises, `Store` says."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()

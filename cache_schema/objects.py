@@ -30,7 +30,10 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
 class ObjectStore(Store):
-    """The cache below a URL. Credentials and endpoints are the environment's: AWS_*, GOOGLE_*, fsspec's own files."""
+    """The cache below a URL. What each method promises, `Store` says; what is refused is a StorageError at once.
+
+    Credentials and endpoints are the environment's: AWS_*, GOOGLE_*, fsspec's own files.
+    """
 
     at_once = 32
 

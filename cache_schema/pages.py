@@ -13,15 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-
-from cache_schema.table import ARROW_SCHEMA
+from cache_schema.table import COLUMN_PATHS
 
 _DATA, _DICTIONARY = 0, 2
 _RLE = 3
 ENCODINGS = {"PLAIN": 0, "RLE": _RLE, "DELTA_BINARY_PACKED": 5, "RLE_DICTIONARY": 8, "BYTE_STREAM_SPLIT": 9}
 _TYPES, _ZSTD = (1, 4, 6), 6  # int32, float, bytes
-_PATHS = [f.name + ".list.element" * pa.types.is_list(f.type) for f in ARROW_SCHEMA]
 _MAX_HEADER_BYTES = 256  # ours are 20 to 40: without statistics there is no text in them
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _BINARY, _LIST, _STRUCT = 1, 2, 3, 4, 5, 6, 8, 9, 12
 _MAX_DEPTH = 8
@@ -113,7 +110,7 @@ def check_footer(footer: bytes) -> None:
     try:
         for group in _struct(footer, 0, _FOOTER)[0][4]:
             chunks = [column[3] for column in group[1]]
-            if [b".".join(c[3]).decode() for c in chunks] != _PATHS:
+            if [b".".join(c[3]).decode() for c in chunks] != COLUMN_PATHS:
                 raise ValueError("its columns are not those of FORMAT.md, or not in this order")
             if not all(c[1] in _TYPES and c[4] == _ZSTD and set(c[2]) <= set(ENCODINGS.values()) for c in chunks):
                 raise ValueError("its footer has a type, an encoding or a compression which FORMAT.md does not have")

@@ -1,8 +1,8 @@
 """Setting aside what is damaged, and nothing else. Called by `python -m cache_schema repair`.
 
 A bad shard's data file and record go to `aside/`, and the seal with them; stage 1 then makes that shard again.
-A record that was lost or altered is written again from the seal where the data file is sound. The seal goes first: a
-repair that is stopped half way leaves a cache that says it is not complete.
+Before that, a record that was lost or altered is written again from the seal where the data file is sound. Of what is
+set aside the seal goes first: a repair that is stopped half way leaves a cache that says it is not complete.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def repair(
         elif not (found.sealed and shard in records and layout.data(records[shard].file) not in files):
             bad.add(shard)
     with store.errors("repairing the cache"):
+        for shard in sorted({p.shard for p in found.problems if p.shard is not None} - bad):
+            store.publish(layout.record(shard), records[shard].dump(found.manifest.fingerprint))
+            report.rewritten.append(layout.record(shard))
         if (bad or layout.SEALED in files) and store.has(layout.SEALED):
             report.set_aside.append(_set_aside(store, layout.SEALED))
         for shard in sorted(bad):
             report.set_aside += [_set_aside(store, name) for name in _names_of(store, shard)]
         if layout.VOCABULARY in files and store.has(layout.VOCABULARY):
             report.set_aside.append(_set_aside(store, layout.VOCABULARY))
-        for shard in sorted({p.shard for p in found.problems if p.shard is not None} - bad):
-            store.publish(layout.record(shard), records[shard].dump(found.manifest.fingerprint))
-            report.rewritten.append(layout.record(shard))
     report.shards = sorted(shard for shard in bad if shard < found.manifest.shards)
     return report
 

@@ -36,7 +36,7 @@ from cache_schema.pages import check_footer, check_pages
 from cache_schema.record import CommitRecord
 from cache_schema.schema import TEXT_COLUMNS, CacheRow, Columns, Status
 from cache_schema.store import UNREACHABLE, Store
-from cache_schema.table import ARROW_SCHEMA, RowGroup, encode_row, flat, to_table
+from cache_schema.table import ARROW_SCHEMA, COLUMN_PATHS, RowGroup, encode_row, flat, to_table
 
 _ENCODINGS = {
     **dict.fromkeys(("example_id", "prompt", "answer"), "PLAIN"),
@@ -55,9 +55,8 @@ _ENCODINGS = {
     "logsumexp.list.element": "BYTE_STREAM_SPLIT",
     "log_tail.list.element": "BYTE_STREAM_SPLIT",
 }
-_PATHS = [f.name + ".list.element" * pa.types.is_list(f.type) for f in ARROW_SCHEMA]
 _WITH_DICTIONARY = ("task", "height_low.list.element")
-_EXPECTED_ENCODINGS = {path: {"RLE", _ENCODINGS.get(path, "PLAIN")} for path in _PATHS} | {
+_EXPECTED_ENCODINGS = {path: {"RLE", _ENCODINGS.get(path, "PLAIN")} for path in COLUMN_PATHS} | {
     path: {"RLE", "PLAIN", "RLE_DICTIONARY"} for path in _WITH_DICTIONARY
 }
 _LEVELS = {"height_low.list.element": 1}  # noise; of the others level 9 makes 15 bytes less than 3, of 370
@@ -109,7 +108,7 @@ def parquet_writer(sink: Any) -> Any:
         sink,
         ARROW_SCHEMA,
         compression="zstd",
-        compression_level={name: _LEVELS.get(name, 9) for name in _PATHS},
+        compression_level={name: _LEVELS.get(name, 9) for name in COLUMN_PATHS},
         data_page_size=1 << 28,  # a column of a row group is one page: slots 126 bytes where pages of 1 MiB have 136
         use_dictionary=list(_WITH_DICTIONARY),
         column_encoding=_ENCODINGS,
@@ -250,7 +249,7 @@ class ShardFile:
             source.seek(at)
             return bytes(source.read(size))
 
-        for i, path in enumerate(_PATHS):
+        for i, path in enumerate(COLUMN_PATHS):
             if path.partition(".")[0] in names:
                 check_pages(read, group.column(i), group.num_rows, path in _WITH_DICTIONARY)
         with pq.ParquetFile(

@@ -3,8 +3,8 @@
     store = open_store("caches/gsm8k")                 # a folder: `Folder`
     store = open_store("s3://bucket/caches/gsm8k")     # any URL that fsspec knows: `ObjectStore`
 
-Called by everything that touches a file of a cache. Names are those of `layout`. Methods raise OSError where the place
-refuses; FileNotFoundError means that nothing has the name.
+Called by everything that touches a file of a cache. Names are those of `layout`. Where the place refuses, methods raise
+OSError, or StorageError at once; FileNotFoundError means that nothing has the name.
 """
 
 from __future__ import annotations
@@ -129,11 +129,6 @@ class Store(ABC):
             raise self.failed(doing, error) from error
 
 
-def is_url(location: str | os.PathLike[str]) -> bool:
-    """Whether a location is a URL of fsspec's; `file://` is one of a folder."""
-    return isinstance(location, str) and _URL.match(location) is not None
-
-
 def open_store(location: str | os.PathLike[str], copies: Copies | None = None) -> Store:
     """The store that a location means. Touches nothing yet.
 
@@ -142,10 +137,10 @@ def open_store(location: str | os.PathLike[str], copies: Copies | None = None) -
     """
     if isinstance(location, str) and location.startswith("file://"):
         location = location.removeprefix("file://")
-    if is_url(location):
+    if isinstance(location, str) and _URL.match(location):
         from cache_schema.objects import ObjectStore
 
-        return ObjectStore(str(location), copies)
+        return ObjectStore(location, copies)
     from cache_schema.folder import Folder
 
     return Folder(Path(location))

@@ -44,6 +44,7 @@ ARROW_SCHEMA = pa.schema(
     + [_field("answer_ids", pa.int32()), pa.field("answer_start", pa.int32(), nullable=False)]
     + [_field(name, kind) for name, kind in _LISTS.items() if name != "answer_ids"]
 )
+COLUMN_PATHS = [f.name + ".list.element" * pa.types.is_list(f.type) for f in ARROW_SCHEMA]  # as Parquet names them
 
 
 def encode_row(row: CacheRow, manifest: Manifest, place_V: NDArray[np.int32] | None) -> tuple[dict[str, Any], float]:

@@ -201,7 +201,7 @@ class CacheWriter:
     def _too_many_lost(self, records: Sequence[CommitRecord]) -> InvalidManifest:
         return InvalidManifest(
             f"the cache at {self._store.location} cannot be sealed: its records, with "
-            f"{sum(len(record.quarantined) for record in records)} quarantined examples, are larger than one can be\n"
+            f"{sum(len(record.quarantined) for record in records)} quarantined examples, are too large for one seal\n"
             "  next: leave such rows out of the data, or make several caches"
         )
 

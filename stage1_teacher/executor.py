@@ -124,8 +124,8 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
     """Hand the shards to this process's worker, until they are done, have failed here, or the worker is given no more.
 
     Shards that others have claimed are waited for, and taken over where a claim goes stale; a process of torchrun that
-    is given no more waits too, see `wait_for_others`. `show` is called with the
-    number of examples that are captured of the shards handed out. Raises what concerns all shards.
+    is given no more waits too, see `wait_for_others`. `show` is called with the number of examples that are captured of
+    the shards handed out. Raises what concerns all shards.
     """
     manifest = worker.writer.manifest
 

@@ -45,8 +45,8 @@ class Evaluated:
 class ModelRun:
     """One model, by its name among the recipe's students or references. arguments: the `--recipe` and `--set` of this
     run, for hints. rescore: see `Answers`. make: what has the answers of jobs made, condition -> why not; by default
-    this process (`Answers.make`). Raises ModelError where its model is not there, RunError where an arm is
-    not the recipe's or, when rescoring, nothing was kept.
+    this process (`Answers.make`). Raises ModelError where its model is not there, RunError where an arm is not the
+    recipe's or, when rescoring, nothing was kept.
     """
 
     def __init__(
