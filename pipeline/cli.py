@@ -7,7 +7,7 @@ is done, but something is missing, listed with the command that tries it again; 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache_schema.errors import CacheError
 from pipeline.errors import UserError
@@ -19,9 +19,15 @@ EXIT_USER_ERROR = 2
 EXIT_INCOMPLETE = 3
 
 
-def recipe_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser that knows `--recipe NAME-or-FILE` and any number of `--set key=value`."""
-    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
+def examples(lines: Sequence[str]) -> dict[str, Any]:
+    """What a parser's constructor takes so that its `--help` ends with these command lines."""
+    shown = "examples:\n" + "\n".join(f"  {line}" for line in lines)
+    return {"epilog": shown, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def recipe_parser(prog: str, description: str, shown: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser that knows `--recipe NAME-or-FILE` and any number of `--set key=value`. shown: its examples."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description, **examples(shown))
     add_recipe_arguments(parser)
     return parser
 
