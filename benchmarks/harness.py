@@ -135,7 +135,7 @@ def commit() -> str:
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!../README.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!COSTS.md")
     return git("rev-parse", "--short=10", "HEAD") + (" with changes" if changed else "")
 
 
@@ -152,3 +152,13 @@ def data_folder(given: Path | None) -> Path:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def write_between(page: Path, marker: str, text: str) -> None:
+    """Replace what stands between a page's `<!-- marker: begin -->` and `<!-- marker: end -->`."""
+    begin, end = (f"<!-- {marker}: {which} -->" for which in ("begin", "end"))
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, there, after = rest.partition(end)
+    if not there:
+        sys.exit(f"{page}: expected the lines {begin} and {end}; put them where the table belongs")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

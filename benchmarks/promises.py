@@ -3,8 +3,8 @@
     python benchmarks/promises.py [--quick] [--table]
 
 The tests are those marked `promise`, the slow ones too unless --quick. Each says what it tried and how often, and fails
-if anything is lost. Writes benchmarks/results/promises.json and the README's table, between its two markers; --table
-makes the table again from the file.
+if anything is lost. Writes benchmarks/results/promises.json and the tables in PROMISES.md and the README, between
+their markers; --table makes them again from the file.
 """
 
 import argparse
@@ -20,15 +20,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, commit, machine
+from harness import RESULTS, commit, machine, write_between
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import promised  # noqa: E402
 
-README, RESULT = ROOT / "README.md", RESULTS / "promises.json"
-BEGIN, END = "<!-- promises: begin -->", "<!-- promises: end -->"
+RESULT = RESULTS / "promises.json"
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def _add(found: dict[str, _Found], case: ET.Element) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The README's table."""
+    """The table of the page."""
     lines = ["| promise | tried | lost | proof |", "| --- | --- | ---: | --- |"]
     for promise, proof in result["promises"].items():
         tried = ", ".join(f"{count:,} {what}" for what, count in proof["tried"].items())
@@ -122,26 +121,30 @@ def _short(place: str) -> str:
     return place.removeprefix("tests/")
 
 
-def write_table() -> None:
-    """Replace what stands between the README's markers."""
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, there, after = rest.partition(END)
-    if not there:
-        sys.exit(f"{README}: expected the lines {BEGIN} and {END}; put them where the table belongs")
-    made = table(json.loads(RESULT.read_text(encoding="utf-8")))
-    README.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+def headline(result: dict[str, Any]) -> str:
+    """The README's table: how often anything was tried against each promise."""
+    lines = ["| promise | tried | lost |", "| --- | ---: | ---: |"]
+    for promise, proof in result["promises"].items():
+        lines.append(f"| {promise} | {sum(proof['tried'].values()):,} | {len(proof['lost'])} |")
+    return "\n".join(lines)
+
+
+def write_tables() -> None:
+    """The whole table into PROMISES.md, its headline into the README."""
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    write_between(Path(__file__).parent / "PROMISES.md", "promises", table(result))
+    write_between(ROOT / "README.md", "promises", headline(result))
 
 
 def main() -> int:
     """Run, count, write; not zero where something was lost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="without the tests marked slow")
-    parser.add_argument("--table", action="store_true", help="only write the README's table")
+    parser.add_argument("--table", action="store_true", help="only write the tables")
     args = parser.parse_args()
     if not args.table:
         RESULT.write_text(json.dumps(run(args.quick), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_table()
+    write_tables()
     print(table(json.loads(RESULT.read_text(encoding="utf-8"))))
     return 1 if any(proof["lost"] for proof in json.loads(RESULT.read_text())["promises"].values()) else 0
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: how often a promise was tried. `benchmarks/promises.py` makes the README's table of it.
+"""Shared by all tests: how often a promise was tried. `benchmarks/promises.py` makes the tables of it.
 
 @pytest.mark.promise(promised.TORN)
 def test_flipped_bits(tried): ...; tried(1476, "flipped bits")

@@ -3,7 +3,7 @@
     @pytest.mark.promise(promised.TORN)
     def test_flipped_bits(tried): ...; tried(1476, "flipped bits")
 
-`benchmarks/promises.py` runs them all and makes the README's table, in this order.
+`benchmarks/promises.py` runs them all and makes the tables, in this order.
 """
 
 CRASH = "A crash at any system call leaves the old or the new state, never a third"
