@@ -68,11 +68,7 @@ class HFEngine:
         """See Engine. A row is a prompt with one of its labels; the head runs in float32 on the labels' rows alone."""
         import torch
 
-        from pipeline.models import check_head, float32_head
-
-        if self._head is None:
-            check_head(self._base)
-            self._head = float32_head(self._base)
+        self._use_head()
         rows = [(prompt, label) for prompt, of in zip(prompts, labels, strict=True) for label in of]
         with torch.inference_mode(), self._adapted(adapter) as model:
             sums = self.batches.run(
@@ -82,6 +78,21 @@ class HFEngine:
         ends = list(accumulate(len(of) for of in labels))
         return [sums[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
+    def answer_logits(self, prompt: Sequence[int], answer: Sequence[int], adapter: Path | None) -> "Tensor":
+        """[N, V] float32 raw logits after a prompt: row t predicts answer token t, having read those before it."""
+        import torch
+
+        from pipeline.models import body_and_head
+
+        head = self._use_head()
+        with torch.inference_mode(), self._adapted(adapter) as model:
+            ids_1T = torch.tensor([[*prompt, *answer]], device=self._base.device)
+            hidden_1TH = body_and_head(model)[0](
+                input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False
+            ).last_hidden_state
+            logits_NV: Tensor = head(hidden_1TH[0, len(prompt) - 1 : -1]).float().cpu()
+            return logits_NV
+
     def close(self) -> None:
         """Free the model's memory."""
         import torch
@@ -89,6 +100,15 @@ class HFEngine:
         self._base = self._peft = self._loaded = self._head = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _use_head(self) -> "Callable[[Any], Any]":
+        """The output head in float32, compared once with the model's own logits."""
+        from pipeline.models import check_head, float32_head
+
+        if self._head is None:
+            check_head(self._base)
+            self._head = float32_head(self._base)
+        return self._head
 
     def _adapted(self, adapter: Path | None) -> AbstractContextManager[Any]:
         """The model with this adapter, or without any, as a context."""
