@@ -68,9 +68,7 @@ def push(folder: Path, repo: str, *, kind: str = "model", private: bool = False)
     kind: `model` or `dataset`. The token is huggingface_hub's own: HF_TOKEN, else that of `hf auth login`. The Hub is
     HF_ENDPOINT, where that is set. Raises RunError, with the command that tries the upload again, where it fails.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
@@ -78,7 +76,7 @@ def push(folder: Path, repo: str, *, kind: str = "model", private: bool = False)
     try:
         api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(folder), repo_type=kind, commit_message="Upload, with its card")
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever the Hub, the network and the clients of both make of it
         again = ["hf", "upload", repo, str(folder), ".", "--repo-type", kind]
         raise RunError(
             f"--push {repo}: {_refusal(error, repo, api.endpoint)}\n"

@@ -1,0 +1,241 @@
+"""Handing over: the numbers on a scored run's card, its cache as a data set, an upload through the front door."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toys
+from hub import Hub
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+
+import stage2_student.__main__
+import stage3_eval.__main__
+from cache_schema.reader import CacheReader
+from cache_schema.verify import verify
+from pipeline.__main__ import main as pipeline_main
+from pipeline.errors import RecipeError, RunError
+from pipeline.fingerprint import Experiment
+from pipeline.recipe import load_recipe
+from stage2_student.export import main as export
+
+ROOT = Path(__file__).parent.parent.parent
+FRONT_DOOR = [sys.executable, "-m", "pipeline", "export"]
+OURS = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A recipe that was trained, with a repeat of each arm, and scored."""
+    root = tmp_path_factory.mktemp("scored")
+    path = toys.tiny_recipe(root, train={"lr": 3.0e-2, "repeats": 2}, eval={"max_new_tokens": 8})
+    toys.fill_cache(load_recipe(str(path)))
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stage3_eval.compare._RESAMPLES", 200)
+        for stage in (stage2_student.__main__, stage3_eval.__main__):
+            assert stage.main(["--recipe", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def data_set(scored):
+    to = scored.parent / "data_set"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert pipeline_main(["export", "--recipe", str(scored), "--cache", "--to", str(to)]) == 0
+    return to
+
+
+def reported(scored):
+    results = json.loads((scored.parent / "run" / "report" / "results.json").read_text(encoding="utf-8"))
+    return results["students"]["toy"]["blocks"]["test"]["gsm8k"]
+
+
+@pytest.mark.parametrize(("wanted", "seed"), [("toy/distill", 0), ("toy/distill~1@4", 1), (None, 0)])
+def test_the_card_has_the_numbers_of_the_report(scored, tmp_path, wanted, seed):
+    asked = [] if wanted is None else ["--checkpoint", wanted]
+    assert export(["--recipe", str(scored), "--to", str(tmp_path / "to"), *asked]) == 0
+    card = ModelCard.load(tmp_path / "to" / "README.md")
+    found = {of.metric_name: of for of in card.data.eval_results}
+    for metric in ("strict", "flexible"):
+        cell = reported(scored)[metric]["rows"]["distill"]["runs"][seed]
+        assert found[metric].metric_value == cell["mean"] and found[metric].dataset_type == "openai/gsm8k"
+        low, high = (f"{100 * bound:.2f}" for bound in cell["interval"])
+        assert f"| gsm8k | test | {metric} | {cell['n']} | {100 * cell['mean']:.2f} % | {low} to {high} |" in card.text
+    data = metadata_load(tmp_path / "to" / "README.md")
+    assert data["metrics"] == ["exact_match"] and data["model-index"][0]["results"][0]["dataset"]["split"] == "test"
+
+
+def test_a_checkpoint_of_the_curve_has_the_curves_numbers(scored, tmp_path):
+    assert export(["--recipe", str(scored), "--checkpoint", "toy/sft@2", "--to", str(tmp_path / "to")]) == 0
+    point = next(p for p in reported(scored)["strict"]["curve"]["sft"] if p["step"] == 2)
+    text = (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
+    assert f"| gsm8k | test | strict | {point['n']} | {100 * point['mean']:.2f} % |" in text
+
+
+def test_numbers_of_another_adapter_are_not_shown(scored, tmp_path):
+    """Trained again since it was scored: the predictions that the report is made of are not this adapter's."""
+    shutil.copytree(scored.parent / "run", tmp_path / "run")
+    checkpoints = tmp_path / "run/students/toy/distill/checkpoints"
+    for name in ("adapter_model.safetensors", "state.json"):
+        shutil.copyfile(checkpoints / "step-000002" / name, checkpoints / "step-000004" / name)
+    arguments = ["--recipe", str(scored), "--set", f"run_dir={tmp_path / 'run'}", "--to", str(tmp_path / "to")]
+    assert export(arguments) == 0
+    assert "None: this checkpoint has not been scored" in (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_cache_is_handed_over_whole(scored, data_set):
+    cache = CacheReader.open(data_set, expect=Experiment(load_recipe(str(scored))).identity)
+    assert cache.sealed and verify(data_set).good
+    ours = {str(p.relative_to(scored.parent / "cache")): p for p in (scored.parent / "cache").rglob("*") if p.is_file()}
+    theirs = {str(p.relative_to(data_set)): p for p in data_set.rglob("*") if p.is_file()}
+    assert set(theirs) - set(ours) == {"README.md"}
+    for name, path in theirs.items():
+        assert name == "README.md" or path.read_bytes() == ours[name].read_bytes(), name
+
+
+def test_datasets_reads_the_cache_by_its_card(data_set, tmp_path):
+    from datasets import load_dataset
+
+    card = (data_set / "README.md").read_text(encoding="utf-8")
+    assert f'load_dataset("{data_set}", split="train")' in card
+    rows = load_dataset(str(data_set), split="train", cache_dir=str(tmp_path))
+    ours = list(CacheReader.open(data_set).rows())
+    assert rows["example_id"] == [row.example_id for row in ours] and len(ours) == 22
+    assert all(np.array_equal(theirs, row.answer_ids) for theirs, row in zip(rows["answer_ids"], ours, strict=True))
+    features = metadata_load(data_set / "README.md")["dataset_info"]["features"]
+    assert [feature["name"] for feature in features] == list(rows.features)
+    for feature in features:
+        of = rows.features[feature["name"]]
+        assert feature.get("list", feature.get("dtype")) == (of.feature.dtype if "list" in feature else of.dtype)
+
+
+def test_the_data_card_has_the_ledgers_and_the_fingerprint(scored, data_set):
+    text = (data_set / "README.md").read_text(encoding="utf-8")
+    cache = CacheReader.open(data_set)
+    totals = cache.totals()
+    for words in (cache.manifest.fingerprint, f"- examples: {totals.examples}", f"- positions: {totals.positions}"):
+        assert words in text
+    data = metadata_load(data_set / "README.md")
+    assert data["source_datasets"] == ["openai/gsm8k"] and data["size_categories"] == ["n<1K"]
+    assert data["dataset_info"]["splits"] == [{"name": "train", "num_examples": 22}]
+
+
+def test_a_torn_shard_is_not_handed_over(scored, tmp_path):
+    shutil.copytree(scored.parent / "cache", tmp_path / "cache")
+    shard = sorted((tmp_path / "cache" / "shards").glob("*.parquet"))[1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    elsewhere = f"cache.dir={tmp_path / 'cache'}"
+    with pytest.raises(RunError, match=r"its commit record says .*\n.* python -m cache_schema repair"):
+        pipeline_main(["export", "--recipe", str(scored), "--set", elsewhere, "--cache", "--to", str(tmp_path / "to")])
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_cache_is_no_student(scored, tmp_path):
+    with pytest.raises(RecipeError, match="--checkpoint, --merge is about a student"):
+        arguments = ["--cache", "--checkpoint", "toy/sft", "--merge", "--to", str(tmp_path / "to")]
+        pipeline_main(["export", "--recipe", str(scored), *arguments])
+
+
+def test_the_front_door_hands_a_student_to_the_hub(scored, tmp_path):
+    """In processes, as a user does: the upload has what the folder has, and a second try into it is exit code 2."""
+    with Hub() as hub:
+        command = [
+            *FRONT_DOOR,
+            "--recipe",
+            str(scored),
+            "--merge",
+            "--to",
+            str(tmp_path / "to"),
+            "--push",
+            "me/student",
+        ]
+        environment = OURS | hub.environment("hf_writes")
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0 and f"uploaded {hub.url}/me/student" in done.stdout, done.stdout + done.stderr
+        sent = {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()}
+        assert hub.files["model", "me/student"] == sent and "model.safetensors" in sent
+        assert b"from_pretrained('me/student'" in sent["README.md"]
+        again = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+    assert again.returncode == 2 and "expected a folder that is empty" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.slow
+def test_vllm_answers_as_transformers_does(scored, tmp_path):
+    """Adapter and merged model, each in vLLM's own environment, give the greedy answers of transformers."""
+    python = ROOT / ".venv-vllm" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("needs an environment with vLLM in .venv-vllm: stage3_eval/VLLM.md")
+    for to, more in (("adapter", []), ("merged", ["--merge"])):
+        assert export(["--recipe", str(scored), "--to", str(tmp_path / to), *more]) == 0
+    prompts = [Experiment(load_recipe(str(scored))).training_set.cached[i].prompt for i in range(4)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    done = subprocess.run(
+        [str(python), "-c", _IN_VLLM, str(scored.parent / "model"), str(tmp_path)],
+        cwd=tmp_path,
+        env=OURS | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "merged"))
+    models = {"merged": tmp_path / "merged", "base": scored.parent / "model"}
+    ours = {}
+    for name, folder in models.items():
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32").eval()
+        ours[name] = [_greedy(model, tokenizer(p, add_special_tokens=False)["input_ids"], 6) for p in prompts]
+    assert answers["adapter"] == answers["merged"] == ours["merged"] != ours["base"]
+
+
+def _greedy(model, ids, count):
+    import torch
+
+    ids = list(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[-count:]
+
+
+_IN_VLLM = """
+import json, sys
+from pathlib import Path
+
+def main():
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    base, root = sys.argv[1], Path(sys.argv[2])
+    prompts = json.loads((root / "prompts.json").read_text())
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+    answers = {}
+    for name in ("adapter", "merged"):
+        lora = name == "adapter"
+        llm = LLM(base if lora else str(root / "merged"), dtype="float32", enforce_eager=True, max_model_len=256,
+                  enable_lora=lora, max_num_seqs=8)
+        request = LoRARequest("adapter", 1, str(root / "adapter")) if lora else None
+        done = llm.generate(prompts, params, lora_request=request, use_tqdm=False)
+        answers[name] = [list(one.outputs[0].token_ids) for one in done]
+        del llm
+    (root / "answers.json").write_text(json.dumps(answers))
+
+if __name__ == "__main__":
+    main()
+"""
