@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from stage3_eval.blocks import Blocks
     from stage3_eval.metrics import check_available
     from stage3_eval.report import write_report
+    from stage3_eval.viewer import look_inside
 
     started, arguments = time.monotonic(), recipe_arguments(args)
     check_available((metric for task in recipe.data.tasks for metric in get_task(task).metrics), recipe.eval.metrics)
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluated = _evaluated(recipe, blocks, arguments, args.rescore, args.student)
     if any(model.files for model in evaluated):
         command = ["stage3_eval", *arguments, *(["--rescore"] if args.rescore else [])]
-        table, files = write_report(recipe, blocks.scored, evaluated, command)
+        inside = look_inside(recipe, blocks.scored, evaluated, args.rescore)
+        table, files = write_report(recipe, blocks.scored, evaluated, command, inside)
         print(f"\n{table}")
         for path in files:
             print(f"{'picture' if path.suffix == '.png' else 'report '}  {path}")

@@ -1,4 +1,4 @@
-"""The report of a run: `<run>/report/results.json`, `table.md` and pictures. Called by `__main__`.
+"""The report of a run: `<run>/report/report.html`, `results.json`, `table.md` and pictures. Called by `__main__`.
 
 Of one task `table.md` has everything; of a mixture it has the summary, and `details.md` beside it every metric of every
 task. Made from predictions alone: no model of the run. Rewritten whole each time.
@@ -6,7 +6,7 @@ task. Made from predictions alone: no model of the run. Rewritten whole each tim
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,30 @@ from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
 from stage3_eval.blocks import Block
 from stage3_eval.evaluate import Evaluated
+from stage3_eval.report import html
+from stage3_eval.report.html.collect import collect
 from stage3_eval.report.results import results
 from stage3_eval.report.summary import summary_of
 from stage3_eval.report.tables import tables_of
 
 RESULTS, TABLE, DETAILS = "results.json", "table.md", "details.md"
+NOTHING_INSIDE: dict[str, Any] = {
+    "cache": None,
+    "students": {},
+    "missing": {"token viewer": "the run was not looked into"},
+}
 
 
 def write_report(
-    recipe: Recipe, blocks: Sequence[Block], evaluated: Sequence[Evaluated], command: Sequence[str]
+    recipe: Recipe,
+    blocks: Sequence[Block],
+    evaluated: Sequence[Evaluated],
+    command: Sequence[str],
+    inside: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[Path]]:
     """Write everything; the table as text, and the paths of all files, the pictures last. evaluated: students and
-    references; one of which nothing could be answered is listed as missing, and in no table.
+    references; one of which nothing could be answered is listed as missing, and in no table. inside: what
+    `look_inside` found.
 
     Raises RunError where a file stands in the folder's place or the disk refuses.
     """
@@ -50,6 +62,7 @@ def write_report(
         for model in models
         if model.name in recipe.students
     }
+    shown = html.page(collect(recipe, blocks, models, found, losses, inside or NOTHING_INSIDE))
     folder = run_dir.report
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: found a file, expected a folder; move it away, or set run_dir=<folder>")
@@ -63,12 +76,13 @@ def write_report(
             publish(folder / name, text.encode())
         numbers = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         publish(folder / RESULTS, numbers.encode())
+        publish(folder / html.NAME, shown)
     except OSError as error:
         raise RunError(
             f"{folder}: the report cannot be written: {error.strerror or error}; make room or check its permissions, "
             "and run the same command: predictions are kept"
         ) from None
-    return texts[TABLE], [*(folder / name for name in (RESULTS, *texts)), *drawn]
+    return texts[TABLE], [*(folder / name for name in (html.NAME, RESULTS, *texts)), *drawn]
 
 
 def provenance(recipe: Recipe, models: Sequence[Evaluated], command: Sequence[str]) -> dict[str, Any]:
