@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cache_schema.reader import CacheReader
     from stage3_eval.viewer_rows import Answer
 
-FORMAT, FILE = "logitbank viewer 1", "viewer.json"
+FORMAT, FILE = "logitbank viewer 2", "viewer.json"
 EXAMPLES = 8  # of a student
 POOL = 24  # read to find the ones where training changed the student most
 _SCANNED = 20_000  # rows of a cache looked through for an example that was scored

@@ -76,8 +76,9 @@ class Reading:
             "same_tokens": answer.same_tokens,
             "by_rank": answer.ids is None,
             "teacher": answer.teacher(lambda i: self._vocabulary[i] or f"id {i}"),
-            "tokens": [
-                [start, end, i] for (start, end), i in zip(encoded.answer_offsets, encoded.answer_ids, strict=True)
+            "tokens": [  # the name of one whose text is empty, as the space before a plain answer's first word
+                [start, end, i, "" if end > start else self._name(i)]
+                for (start, end), i in zip(encoded.answer_offsets, encoded.answer_ids, strict=True)
             ],
             "pairs": {mode: pairs.tolist() for mode, pairs in answer.pairs.items()},
         }

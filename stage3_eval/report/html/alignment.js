@@ -1,9 +1,9 @@
 // Two tokenizers over one text: a row of tokens each, a line from every position of the student to the teacher's that
 // has read exactly the same text before it. A row is as long as the text; what has no counterpart is hatched.
-const CHARACTER = 11, ROW = 30, GAP = 56, END = 46;
+const ROW = 30, GAP = 56, END = 46;
 
 // [x, width] of each token. Tokens that consume one character between them share its place.
-function places(tokens, length) {
+function places(tokens, length, CHARACTER) {
   const found = [];
   for (let i = 0; i < tokens.length; i += 1) {
     let j = i;
@@ -17,9 +17,9 @@ function places(tokens, length) {
 }
 
 function token_row(tokens, at, y, label, state, letters, picked, pick) {
-  return tokens.map(([start, end], i) => {
+  return tokens.map(([start, end, , name], i) => {
     const [x, width] = at[i], last = i === tokens.length - 1;
-    const text = last ? "end" : token(letters.slice(start, end).join(""));
+    const text = last ? "end" : token(letters.slice(start, end).join("") || name || "");
     const size = Math.max(7, Math.min(13, (1.55 * width) / Math.max(1, [...text].length)));
     return s("g", { class: `token ${state(i)}${picked === i ? " picked" : ""}`, onclick: pick && (() => pick(i)) },
       s("title", null, `${label} ${i}: ${text}${state(i) ? `, ${state(i)}` : ""}`),
@@ -31,7 +31,8 @@ function token_row(tokens, at, y, label, state, letters, picked, pick) {
 function alignment_figure(example, mode, picked, pick) {
   const letters = Array.from(example.answer), pairs = example.pairs[mode];
   const teacher = example.teacher.map((t) => [t.start, t.end]), student = example.tokens;
-  const above = places(teacher, letters.length), below = places(student, letters.length);
+  const CHARACTER = Math.max(11, Math.min(28, 900 / letters.length)); // wider where there is room
+  const above = places(teacher, letters.length, CHARACTER), below = places(student, letters.length, CHARACTER);
   const answered = new Set(pairs.filter((n) => n >= 0));
   const lower = 20 + ROW + GAP, W = letters.length * CHARACTER + END + 8, H = lower + ROW + 20;
   const of_teacher = (n) => (example.teacher[n].status !== "usable" ? "quarantined" : answered.has(n) ? "" : "unpaired");

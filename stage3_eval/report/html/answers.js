@@ -1,5 +1,5 @@
 // Generated answers beside the reference: which ones an arm won over another, which it lost.
-const ANSWERS_A_PAGE = 20;
+const ANSWERS_A_PAGE = 10;
 
 function answers_section() {
   const all = data.answers;

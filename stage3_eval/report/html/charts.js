@@ -69,7 +69,7 @@ function score_charts(student, block) {
     const [metric, cells] = Object.entries(metrics)[0] ?? [];
     if (metric === undefined) continue;
     const curves = Object.entries(cells.curve).filter(([, rows]) => rows.length);
-    if (!curves.length) continue;
+    if (!curves.some(([, rows]) => rows.length > 1)) continue; // one checkpoint is no curve
     const style = styled(curves.map(([name]) => name));
     const series = curves.map(([name, rows]) => ({ name, ...style(name), points: rows.map((r) => [r.step, 100 * r.mean, 100 * r.interval[0], 100 * r.interval[1]]) }));
     const lines = Object.entries(cells.curve_baselines).map(([name, row], i) => ({ name: named(name), y: 100 * row.mean, dash: i ? "8 4" : "2 4" }));
@@ -93,7 +93,7 @@ function curves_section() {
       const title = `${plain(chosen.student)}: cross-entropy on the training answers, nats a token`;
       found.push(chart(title, series, [], "cross-entropy", 3, step_table(title, series, (p) => p[1].toFixed(3))));
     }
-    place.replaceChildren(...(found.length ? found : [h("p", null, "No checkpoint of an arm was scored on these examples.")]));
+    place.replaceChildren(...(found.length ? found : [h("p", null, "There is no curve: no arm has two checkpoints that were scored on these examples.")]));
   };
   if (students.length) draw();
   return section("curves", "Checkpoints and losses", "Bands are 95 % intervals; dashed lines the untouched student.",

@@ -3,7 +3,8 @@
 results    what results.json holds, without the provenance of single prediction files
 losses     student -> run -> [[step, cross-entropy], ...], at most LOSS_POINTS means of equally many steps
 answers    a list: student, block, task, metric, conditions, ids, values (condition -> a score an example), and
-           the texts of at most ANSWERS examples, those that the conditions differ in first
+           the texts of at most ANSWERS examples (of ALL_ANSWERS in a page, shared evenly), those first that tell
+           the experiment's two arms apart
 cost       what the cache took and what it saved, as far as it is known
 viewer     see `stage3_eval.viewer`
 versions   of what wrote the page
@@ -21,10 +22,11 @@ from pipeline.tasks import Example, get_task
 from stage3_eval.blocks import Block
 from stage3_eval.conditions import asked, baselines
 from stage3_eval.evaluate import Evaluated
+from stage3_eval.report.rows import pair_of
 from stage3_eval.report.tables import block_name, notes
 from stage3_eval.scorebook import ScoreBook
 
-ANSWERS, CHARACTERS, LOSS_POINTS = 400, 3000, 400
+ANSWERS, ALL_ANSWERS, CHARACTERS, LOSS_POINTS = 400, 4000, 3000, 400
 _PACKAGES = ("logitbank", "torch", "transformers", "peft", "tokenizers", "pyarrow", "numpy", "scipy", "vllm")
 Losses = Mapping[str, Mapping[str, Mapping[int, float]]]
 
@@ -64,6 +66,8 @@ def answers_of(recipe: Recipe, blocks: Sequence[Block], students: Sequence[Evalu
     """Of each student, block and task what its conditions answered, scored by the task's first metric: the first
     seed of an arm, at its headline checkpoint."""
     book, found = ScoreBook(recipe.eval.metrics), []
+    tables = len(students) * sum(len(block.tasks) for block in blocks)
+    most = min(ANSWERS, max(20, ALL_ANSWERS // max(1, tables)))
     for model in students:
         runs = {run.name: run for run in model.runs if run.is_first}
         for block in blocks:
@@ -71,12 +75,19 @@ def answers_of(recipe: Recipe, blocks: Sequence[Block], students: Sequence[Evalu
             names |= {name: run.checkpoints[model.headline[name]].name for name, run in runs.items()}
             names = {name: c for name, c in names.items() if (c, block.name) in model.files}
             for task, examples in block.tasks.items() if names else ():
-                found.append(_answers(book, model, block, task, examples, names))
+                found.append(_answers(book, model, block, task, examples, names, pair_of(recipe) or (), most))
     return found
 
 
 def _answers(
-    book: ScoreBook, model: Evaluated, block: Block, task: str, examples: Sequence[Example], names: Mapping[str, str]
+    book: ScoreBook,
+    model: Evaluated,
+    block: Block,
+    task: str,
+    examples: Sequence[Example],
+    names: Mapping[str, str],
+    pair: Sequence[str],
+    most: int,
 ) -> dict[str, Any]:
     metric = get_task(task).metrics[0]
     values = {
@@ -84,8 +95,12 @@ def _answers(
         for name, condition in names.items()
     }
     said = {name: model.answers(condition, block.name) for name, condition in names.items()}
-    differing = [i for i in range(len(examples)) if len({of[i] for of in values.values()}) > 1]
-    kept = sorted([*differing, *sorted(set(range(len(examples))) - set(differing))][:ANSWERS])
+
+    def alike(i: int) -> tuple[bool, bool]:
+        """Whether the two arms score the same, and whether all do."""
+        return len({values[arm][i] for arm in pair if arm in values}) < 2, len({of[i] for of in values.values()}) < 2
+
+    kept = sorted(sorted(range(len(examples)), key=alike)[:most])
     return {
         "student": model.name,
         "block": block.name,
@@ -113,7 +128,7 @@ def cut(text: str) -> str:
 
 
 def cost_of(recipe: Recipe, students: Sequence[Evaluated], cache: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of the cache what `cache_facts` found; of each training that read it, how many positions, and its seconds."""
+    """Of the cache what `cache_facts` found; of each training how many examples it read, and its seconds."""
     run_dir, trainings = RunDir.of(recipe), []
     for model in students:
         for run in model.runs:
@@ -125,7 +140,7 @@ def cost_of(recipe: Recipe, students: Sequence[Evaluated], cache: Mapping[str, A
                     "run": run.name,
                     "reads_teacher": recipe.arms[run.arm].needs_teacher,
                     "steps": len(steps),
-                    "positions": sum(int(row.get("positions") or 0) for row in steps),
+                    "examples": len(steps) * recipe.train.batch_size,
                     "seconds": round(sum(timed), 1) if steps and len(timed) == len(steps) else None,
                 }
             )

@@ -8,7 +8,7 @@ function ledger(of) {
 
 function cost_section() {
   const { cache, trainings } = data.cost, readers = trainings.filter((of) => of.reads_teacher);
-  const read = readers.reduce((sum, of) => sum + of.positions, 0);
+  const read = readers.reduce((sum, of) => sum + of.examples, 0);
   const took = cache && facts([
     ["Bytes on disk", bytes(cache.bytes), `${count(cache.bytes)} B in ${count(cache.shards)} shards`],
     ["Answer positions", count(cache.positions.planned), `${count(cache.rows)} examples; ${count(cache.top_k)} of ${count(cache.vocab_size)} logits each`],
@@ -17,15 +17,15 @@ function cost_section() {
     ["Quarantined", ledger(cache.positions), `positions; examples: ${ledger(cache.examples)}`],
     ["Largest codec error", cache.codec_error_max.toPrecision(2), "logits"],
   ]);
-  const times = cache && read / Math.max(1, cache.positions.planned);
-  const saved = cache && read > 0 && h("p", null, `The teacher computed ${count(cache.positions.planned)} answer positions once. ${count(readers.length)} training${readers.length === 1 ? "" : "s"} read ${count(read)}`
-    + ` (${times.toFixed(1)} for each computed), which an online teacher would have computed again: ${count(Math.max(0, read - cache.positions.planned))} positions of teacher work saved.`
+  const times = cache && read / Math.max(1, cache.rows);
+  const saved = cache && read > 0 && h("p", null, `The teacher read ${count(cache.rows)} examples once. ${count(readers.length)} training${readers.length === 1 ? "" : "s"} read ${count(read)}`
+    + ` (each example ${times.toFixed(1)} times), and an online teacher would have read it again each time: ${count(Math.max(0, read - cache.rows))} readings by the teacher were saved.`
     + (cache.seconds === null ? " In hours this is not known." : ` At the cache's own rate that is ${duration(cache.seconds * Math.max(0, times - 1))}.`));
   const title = "Trainings, as their own steps recorded it";
   const table = trainings.length > 0 && wide(title, h("table", null, h("caption", null, title),
-    h("thead", null, h("tr", null, ["Student", "Run", "Reads the teacher"].map((x) => h("th", { scope: "col" }, x)), ["Steps", "Positions", "Step time"].map((x) => h("th", { scope: "col", class: "number" }, x)))),
+    h("thead", null, h("tr", null, ["Student", "Run", "Reads the teacher"].map((x) => h("th", { scope: "col" }, x)), ["Steps", "Examples read", "Time of its steps"].map((x) => h("th", { scope: "col", class: "number" }, x)))),
     h("tbody", null, trainings.map((of) => h("tr", null, h("td", null, plain(of.student)), h("th", { scope: "row" }, plain(of.run)), h("td", null, of.reads_teacher ? "yes" : "no"),
-      h("td", { class: "number" }, of.steps ? count(of.steps) : "not known"), h("td", { class: "number" }, of.steps ? count(of.positions) : "not known"), h("td", { class: "number" }, of.seconds === null ? "not known" : duration(of.seconds)))))));
+      h("td", { class: "number" }, of.steps ? count(of.steps) : "not known"), h("td", { class: "number" }, of.steps ? count(of.examples) : "not known"), h("td", { class: "number" }, of.seconds === null ? "not known" : duration(of.seconds)))))));
   return section("cost", "Cost", "What the cache took, and what it saved. What is not recorded is not guessed.",
     took ?? h("p", { class: "notice" }, "The cache could not be read for this report; see the token viewer for the reason."), saved, table);
 }

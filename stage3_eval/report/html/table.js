@@ -98,7 +98,7 @@ function results_section() {
   return section("results", "Results", null,
     h("div", { class: "choices" },
       choice("Examples", blocks, chosen.block, (block) => { chosen.block = block; draw(); }, block_named),
-      choice("Task", [null, ...tasks], null, (task) => { chosen.task = task; draw(); }, (task) => task ?? "all")),
+      tasks.length > 1 && choice("Task", [null, ...tasks], null, (task) => { chosen.task = task; draw(); }, (task) => task ?? "all")),
     place,
     missing.length > 0 && h("div", { class: "notice", role: "note" }, h("strong", null, "Missing, since it could not be generated:"),
       h("ul", null, missing.map(([name, why]) => h("li", null, plain(`${name}: ${why}`))))),

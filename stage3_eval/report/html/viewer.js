@@ -52,7 +52,7 @@ function viewer_section() {
   }
 
   const letters = () => Array.from(example.answer);
-  const text_of = (m) => (m === example.tokens.length - 1 ? "end" : token(letters().slice(...example.tokens[m].slice(0, 2)).join("")));
+  const text_of = (m) => (m === example.tokens.length - 1 ? "end" : token(letters().slice(...example.tokens[m].slice(0, 2)).join("") || example.tokens[m][3]));
   function state(m) {
     const n = example.pairs.boundary[m];
     if (n < 0) return "unpaired";
