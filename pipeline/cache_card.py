@@ -62,12 +62,11 @@ def card(recipe: Recipe, reader: CacheReader, schema: "pa.Schema", load_from: st
     from huggingface_hub import DatasetCardData
 
     manifest, totals = reader.manifest, reader.totals()
-    sources = [get_task(task).source for task in recipe.trained_tasks]
     data = DatasetCardData(
         pretty_name=f"Teacher logits of {recipe.name}",
         tags=["logitbank", "distillation", "logits"],
         task_categories=["text-generation"],
-        source_datasets=sorted({s.path for s in sources if isinstance(s, HubSource)}) or None,
+        source_datasets=sorted({s.path for task in recipe.trained_tasks if (s := hub_source(recipe, task))}) or None,
         size_categories=[next((name for most, name in _SIZES if len(reader) < most), "n>1M")],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": f"{layout.SHARDS}/*.parquet"}]}],
         dataset_info={
@@ -99,7 +98,7 @@ def card(recipe: Recipe, reader: CacheReader, schema: "pa.Schema", load_from: st
         "## Where it comes from",
         f"- fingerprint `{manifest.fingerprint}`: the hash of all that decides what a stored number means "
         "(`identity` in manifest.json)\n"
-        + "\n".join(f"- data: {_source(task)}" for task in recipe.trained_tasks)
+        + "\n".join(f"- data: {_source(recipe, task)}" for task in recipe.trained_tasks)
         + f"\n- teacher: {recipe.teacher.model}, {recipe.teacher.dtype}, quantization {recipe.teacher.quantization}, "
         f"engine {recipe.teacher.engine}",
         "## Limits",
@@ -148,7 +147,16 @@ def _copy(store: Store, record: CommitRecord, to: Path) -> None:
         ) from None
 
 
-def _source(task: str) -> str:
+def hub_source(recipe: Recipe, task: str) -> HubSource | None:
+    """The Hub's data set that a task's rows were read from; None where a task makes its own, or `data.dir` has them:
+    what lies in a folder may be anything of that form."""
     source = get_task(task).source
-    where = f"{source.path} on the Hugging Face Hub" if isinstance(source, HubSource) else "made by the task itself"
+    return source if recipe.data.dir is None and isinstance(source, HubSource) else None
+
+
+def _source(recipe: Recipe, task: str) -> str:
+    source, own = get_task(task).source, hub_source(recipe, task)
+    where = f"{own.path} on the Hugging Face Hub" if own is not None else "made by the task itself"
+    if own is None and isinstance(source, HubSource):
+        where = f"rows from a folder, in the form of {source.path}"
     return f"`{task}`, training split, {where}"

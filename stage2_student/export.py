@@ -233,8 +233,9 @@ def _probe(model: Any, experiment: "Experiment", arm: "ArmPlan") -> "Tensor":
             encoded = arm.student.prompts.encode(example.prompt, example.answer)
             ids = encoded.input_ids[: window_of(model.config)]
             start = min(encoded.answer_start, len(ids) - 1)  # an example that is cut has a row all the same
-            logits_LV = model(input_ids=torch.tensor([ids], device=input_device(model)), use_cache=False).logits[0]
-            rows.append(logits_LV[start - 1 : -1].float().cpu())
+            ids_1L = torch.tensor([ids], device=input_device(model))
+            out = model(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L), use_cache=False)
+            rows.append(out.logits[0, start - 1 : -1].float().cpu())
     return torch.cat(rows)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cache_card import hub_source
 from pipeline.fingerprint import Experiment
 from pipeline.run_dir import RunDir
-from pipeline.tasks import HubSource, get_task
 from stage2_student.arms import ArmPlan
 
 if TYPE_CHECKING:
@@ -242,17 +242,16 @@ def _metadata(
 
     recipe = experiment.recipe
     on_hub = None if Path(base).is_absolute() else base
-    sources = {task: get_task(task).source for task in (*recipe.trained_tasks, *recipe.unseen_tasks)}
-    datasets = {s.path for task in recipe.trained_tasks if isinstance(s := sources[task], HubSource)}
+    datasets = {source.path for task in recipe.trained_tasks if (source := hub_source(recipe, task))}
     evaluations = []
     for number in numbers:
-        source = sources[number.task]
+        source = hub_source(recipe, number.task)
         evaluations.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=source.path if isinstance(source, HubSource) else number.task,
+                dataset_type=source.path if source else number.task,
                 dataset_name=number.task,
-                dataset_config=source.config if isinstance(source, HubSource) else None,
+                dataset_config=source.config if source else None,
                 dataset_split=number.block,
                 metric_type=_HUB_METRICS.get(number.metric, number.metric),
                 metric_name=number.metric,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
@@ -21,7 +22,7 @@ from pipeline.run_dir import RunDir
 from stage2_student import export
 from stage2_student.__main__ import main as train
 from stage2_student.export import main
-from stage2_student.model_card import Reported
+from stage2_student.model_card import Number, Reported, _metadata
 
 PROMPT = "Ann has 3 pears and finds 4 more on day 1. How many pears now?"
 
@@ -184,9 +185,25 @@ def test_the_card_is_in_the_hubs_format(adapter, merged):
     for folder, library in ((adapter, "peft"), (merged, "transformers")):
         data = metadata_load(folder / "README.md")
         assert data["library_name"] == library and data["pipeline_tag"] == "text-generation"
-        assert data["datasets"] == ["openai/gsm8k"] and "base_model" not in data  # a folder is none of the Hub's
+        assert not {"datasets", "base_model"} & set(data)  # folders are none of the Hub's
         card = ModelCard.load(folder / "README.md")
         assert "None: this checkpoint has not been scored" in card.text and card.data.eval_results is None
+
+
+def test_rows_and_a_base_of_the_hub_are_linked_and_numbers_are_of_the_hubs_data_set():
+    """From the recipe as it is on the Hub; nothing is downloaded for the metadata."""
+    numbers = [Number("gsm8k", "test", "strict", 1319, 0.5, 0.4, 0.6, None)]
+    of = Experiment(load_recipe("gsm8k-qwen3"))
+    text = _metadata(of, "a-student", "Qwen/Qwen3-1.7B", "apache-2.0", merged=False, numbers=numbers)
+    data = yaml.safe_load(text)
+    assert (data["base_model"], data["license"], data["datasets"]) == (
+        "Qwen/Qwen3-1.7B",
+        "apache-2.0",
+        ["openai/gsm8k"],
+    )
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "openai/gsm8k", "name": "gsm8k", "config": "main", "split": "test"}
+    assert result["metrics"] == [{"type": "exact_match", "value": 0.5, "name": "strict"}]
 
 
 def test_the_fingerprint_and_the_command_are_in_the_card(trained, adapter):
