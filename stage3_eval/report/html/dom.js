@@ -47,7 +47,7 @@ const block_named = (block) => data.results.block_names[block] ?? block;
 // A labelled choice; nothing is drawn where there is nothing to choose.
 function choice(label, options, chosen, changed, text = (option) => option) {
   if (options.length < 2) return null;
-  const select = h("select", { onchange: () => changed(options[select.selectedIndex]) },
+  const select = h("select", { "aria-label": label, onchange: () => changed(options[select.selectedIndex]) },
     options.map((option) => h("option", { selected: option === chosen }, plain(text(option)))));
   return h("label", { class: "choice" }, h("span", null, label), select);
 }
