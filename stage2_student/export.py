@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
 from pipeline.commands.export import EXAMPLES, add_export_arguments
-from pipeline.errors import RecipeError, RunError, UserError, unknown_name
+from pipeline.errors import RecipeError, RunError, UserError, first_line, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +145,7 @@ def write(
         merged = _merge(experiment, arm, checkpoint, folder) if merge else None
         if not merge:
             _adapter(arm, checkpoint, folder, base)
-        arm.student.prompts.tokenizer.save_pretrained(str(folder))
+        _save_tokenizer(arm.student.prompts.tokenizer, folder)
         found = report.of_checkpoint(arm.student.name, arm.run.name, step, sha256, arm.identity["cache"])
         text = model_card(experiment, arm, step, base, load_from or str(to), merged, found, arguments)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -179,6 +179,15 @@ def _adapter(arm: "ArmPlan", checkpoint: Path, folder: Path, base: str) -> None:
     config |= {"base_model_name_or_path": base, "revision": source.revision if base == source.location else None}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(checkpoint / ADAPTER, folder / ADAPTER)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # a bare one is what `tokenizers` makes of a disk that refuses
+        raise OSError(f"the tokenizer cannot be written: {first_line(error)}") from None
 
 
 def _merge(experiment: "Experiment", arm: "ArmPlan", checkpoint: Path, folder: Path) -> Merged:
