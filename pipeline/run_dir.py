@@ -6,7 +6,8 @@ runs/<name>/
   students/<student>/<arm>/checkpoints/step-000200/ adapter, optimizer, state
   students/<student>/<arm>/metrics.jsonl            a line a step;  tensorboard/ beside it
   predictions/<student or reference>/<condition>/   what was generated
-  report/                                           results.json, table.md, details.md of a mixture, pictures
+  report/                                           report.html with its viewer.json; results.json, table.md,
+                                                    details.md of a mixture, pictures
 """
 
 from dataclasses import dataclass

@@ -60,9 +60,12 @@ def look_inside(
         except Exception as error:  # memory, a checkpoint that is gone: the tables do not depend on it
             content["missing"][f"token viewer of {model.name}"] = failed("", error).reason
     if not content["missing"]:
-        path.parent.mkdir(parents=True, exist_ok=True)
         found = {"format": FORMAT, "identity": wanted, "content": content}
-        publish(path, json.dumps(found, ensure_ascii=True, allow_nan=False).encode())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            publish(path, json.dumps(found, ensure_ascii=True, allow_nan=False).encode())
+        except OSError as error:  # the report shows it all the same, and says itself what is wrong with its folder
+            print(f"{path}: cannot be kept: {error.strerror or error}; it is computed again next time", flush=True)
     return content
 
 

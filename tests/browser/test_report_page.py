@@ -208,6 +208,9 @@ def test_dark_and_light_by_the_system_and_by_the_button(opened, made_up):
     light.get_by_role("button", name="Switch to the dark theme").click()
     dark.get_by_role("button", name="Switch to the light theme").click()
     assert (light.evaluate(ground), dark.evaluate(ground)) == colours[::-1]
+    for page in (light, dark, opened(made_up, color_scheme="dark")):
+        page.emulate_media(media="print")
+        assert page.evaluate(ground) == "rgb(255, 255, 255)"
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -147,7 +147,7 @@ def test_baselines_alone_make_a_report(recipe):
     table, files = write_report(recipe, TEST, [evaluated], ["stage3_eval"])
     assert "zero_shot" in table
     assert "Checkpoints" not in table
-    assert [path.name for path in files] == ["results.json", "table.md", "comparison.png"]
+    assert [path.name for path in files] == ["report.html", "results.json", "table.md", "comparison.png"]
 
 
 def test_the_table_is_the_golden_one(recipe):
@@ -164,12 +164,12 @@ def test_a_report_is_written_whole_and_says_where_it_comes_from(recipe):
         metrics.write_text("".join(json.dumps({"step": s, "ce": 1 / s}) + "\n" for s in range(1, 5)))
     table, files = write_report(recipe, TEST, [made_up()], ["stage3_eval", "--recipe", "tiny"])
     assert sorted(path.name for path in run_dir.report.iterdir()) == [
-        "comparison.png", "curves.png", "loss.png", "results.json", "table.md",
+        "comparison.png", "curves.png", "loss.png", "report.html", "results.json", "table.md",
     ]  # fmt: skip
     assert [path.name for path in files] == [
-        "results.json", "table.md", "comparison.png", "curves.png", "loss.png",
+        "report.html", "results.json", "table.md", "comparison.png", "curves.png", "loss.png",
     ]  # fmt: skip
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files[2:])
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files[3:])
     assert (run_dir.report / "table.md").read_text() == table
     provenance = json.loads((run_dir.report / "results.json").read_text())["provenance"]
     assert provenance["command"] == ["python", "-m", "stage3_eval", "--recipe", "tiny"]

@@ -242,7 +242,8 @@ def test_the_report_of_a_mixture_has_the_summary_and_the_details(recipe, tmp_pat
     recipe = recipe.model_copy(update={"run_dir": str(tmp_path / "run")})
     text, files = write_report(recipe, BLOCKS, MODELS, ["stage3_eval"])
     assert [path.name for path in files] == [
-        "results.json", "table.md", "details.md", "differences-test.png", "differences-unseen_zero_shot.png",
+        "report.html", "results.json", "table.md", "details.md",
+        "differences-test.png", "differences-unseen_zero_shot.png",
     ]  # fmt: skip
     assert all(path.is_file() for path in files)
     assert files[1].read_text() == text

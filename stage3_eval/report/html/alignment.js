@@ -48,6 +48,6 @@ function alignment_figure(example, mode, picked, pick) {
     pairs.map((n, m) => n >= 0 && s("line", { class: `pair${picked === m ? " picked" : ""}`, x1: above[n][0] + Math.min(5, above[n][1] / 2), y1: 20 + ROW, x2: below[m][0] + Math.min(5, below[m][1] / 2), y2: lower })),
     token_row(teacher, above, 20, "teacher's position", of_teacher, letters, pairs[picked], null),
     token_row(student, below, lower, "student's position", of_student, letters, picked, pick));
-  return [h("p", { class: "quiet" }, said, " A line stands where both have read the same text before their token; hatched tokens have no counterpart."),
+  return [h("p", { class: "quiet" }, said, mode === "boundary" ? " A line stands where both have read the same text before their token" : " A line joins positions of the same number, whatever each has read", "; hatched tokens have no counterpart."),
     wide("Alignment of the two tokenizers", svg)];
 }
