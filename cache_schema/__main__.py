@@ -26,10 +26,10 @@ DAMAGED = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print; the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    line = parser()
+    options = line.parse_args(arguments)
     if options.cache is not None and options.set:
-        parser.error("--set changes a recipe; with a folder it has no meaning")
+        line.error("--set changes a recipe; with a folder it has no meaning")
     try:
         location = options.cache if options.cache is not None else _folder_of_recipe(options.recipe, options.set)
         if options.command == "show":
@@ -43,15 +43,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+COMMANDS = {  # name -> what it does, and the command lines that end its --help
+    "verify": (
+        "check every byte and every invariant; name what is bad",
+        ("python -m cache_schema verify caches/NAME", "python -m cache_schema verify --recipe gsm8k-qwen3"),
+    ),
+    "repair": (
+        "verify, then set aside what is bad and nothing else, for stage 1 to make again",
+        ("python -m cache_schema repair caches/NAME", "python -m cache_schema repair s3://bucket/NAME"),
+    ),
+    "show": (
+        "print one example: each answer token with the teacher's candidates",
+        (
+            "python -m cache_schema show --recipe pocket --example 3 --top 5",
+            "python -m cache_schema show caches/NAME --example 12",
+        ),
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line with every sub-command."""
     parser = argparse.ArgumentParser(prog="python -m cache_schema", description="Look into a cache of teacher logits.")
     commands = parser.add_subparsers(dest="command", required=True)
-    verify = commands.add_parser("verify", help="check every byte and every invariant; name what is bad")
-    repair = commands.add_parser(
-        "repair", help="verify, then set aside what is bad and nothing else, for stage 1 to make again"
-    )
-    show = commands.add_parser("show", help="print one example: each answer token with the teacher's candidates")
-    for command in (verify, repair, show):
+    made = {}
+    for name, (about, examples) in COMMANDS.items():
+        made[name] = command = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         which = command.add_mutually_exclusive_group(required=True)
         which.add_argument(
             "cache", nargs="?", metavar="DIR", help="the cache: a folder, or a URL such as s3://bucket/name"
@@ -60,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; any number of times"
         )
+    show = made["show"]
     show.add_argument("--example", default="0", metavar="N-or-ID", help="which example (default: the first)")
     show.add_argument("--top", type=_count, default=5, metavar="N", help="candidates a token (default: 5)")
     return parser

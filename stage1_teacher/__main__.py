@@ -6,6 +6,7 @@ A process ends when the cache is complete, or with exit code 3 when what is miss
 for the shards that others work at, and takes over what they leave behind.
 """
 
+import argparse
 import os
 import shlex
 import sys
@@ -24,14 +25,27 @@ if TYPE_CHECKING:
     from pipeline.progress import Progress
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, and say at once if there is nothing to do: only then is a model loaded."""
-    parser = recipe_parser("stage1_teacher", "Run the teacher once and cache its logits.")
+EXAMPLES = (
+    "python -m stage1_teacher",
+    "python -m stage1_teacher --recipe gsm8k-qwen3 --set cache.dir=s3://bucket/gsm8k",
+    "python -m stage1_teacher --recipe flan-uld --shard 17 --shard 18",
+    "python -m stage1_teacher --recipe flan-uld --executor ray",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = recipe_parser("stage1_teacher", "Run the teacher once and cache its logits.", EXAMPLES)
     add_executor_argument(parser)
     parser.add_argument(
         "--shard", type=int, action="append", metavar="N", help="this shard alone; may be given often (all)"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, and say at once if there is nothing to do: only then is a model loaded."""
+    args = parser().parse_args(argv)
     recipe = recipe_of(args)
 
     from pipeline.fingerprint import Experiment

@@ -9,6 +9,7 @@ that tries it again, and the exit code is 3. With --alignment it only reports ho
 positions have a teacher.
 """
 
+import argparse
 import os
 import shlex
 import sys
@@ -27,15 +28,28 @@ if TYPE_CHECKING:
     from stage2_student.train import Failed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Find what is left to do, then train it. The teacher is never loaded; models are, only if something is left."""
-    parser = recipe_parser("stage2_student", "Stage 2: train the students from the cache.")
+EXAMPLES = (
+    "python -m stage2_student",
+    "python -m stage2_student --recipe pocket-uld --alignment",
+    "python -m stage2_student --recipe flan-uld --student gpt2-medium --arm distill --set train.lr=1e-4",
+    "torchrun --standalone --nproc_per_node 8 -m stage2_student --recipe gsm8k-qwen3",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = recipe_parser("stage2_student", "Stage 2: train the students from the cache.", EXAMPLES)
     parser.add_argument("--student", metavar="NAME", help="this student alone")
     parser.add_argument("--arm", metavar="NAME", help="this arm alone, with its repeats")
     parser.add_argument(
         "--alignment", action="store_true", help="only print the share of answer positions that have a teacher, by task"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Find what is left to do, then train it. The teacher is never loaded; models are, only if something is left."""
+    args = parser().parse_args(argv)
     recipe = recipe_of(args)
 
     from pipeline.fingerprint import Experiment

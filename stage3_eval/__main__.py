@@ -6,6 +6,7 @@ exit code 3; the same command tries just those again. `--executor ray` generates
 stage1_teacher/RAY.md.
 """
 
+import argparse
 import shlex
 import sys
 import time
@@ -23,15 +24,29 @@ if TYPE_CHECKING:
     from stage3_eval.evaluate import Evaluated
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Generate what is missing, score everything, write the report, and print its table."""
-    parser = recipe_parser("stage3_eval", "Score references, untouched students and every checkpoint, with error bars.")
+EXAMPLES = (
+    "python -m stage3_eval",
+    "python -m stage3_eval --recipe pocket-uld --rescore",
+    "python -m stage3_eval --recipe gsm8k-qwen3 --set eval.engine=hf --set runtime.device=cpu",
+    "python -m stage3_eval --recipe flan-uld --student gpt2-medium --executor ray",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    about = "Score references, untouched students and every checkpoint, with error bars."
+    parser = recipe_parser("stage3_eval", about, EXAMPLES)
     add_executor_argument(parser)
     parser.add_argument("--student", metavar="NAME", help="generate for this student alone")
     parser.add_argument(
         "--rescore", action="store_true", help="never generate: score the predictions that were kept, without a model"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate what is missing, score everything, write the report, and print its table."""
+    args = parser().parse_args(argv)
     recipe = recipe_of(args)
 
     from pipeline.errors import RunError, unknown_name

@@ -22,15 +22,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pipeline.cli import examples
+
 PROVENANCE = "provenance.json"
 COURSES = {"decoder": "DecoderCourse", "t5": "T5Course", "gpt2": "GPT2Course"}
 """Model name, which is also its module's -> the class of its course."""
+EXAMPLES = (
+    "python -m pipeline.pocket --model decoder --out weights --minutes 23",
+    "python -m pipeline.pocket --model t5 --out weights --steps 6000 --seed 1",
+    "python -m pipeline.pocket --start weights --out more --minutes 8",
+    "python -m pipeline.pocket --out weights --measure-only",
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m pipeline.pocket", description="Pre-train an embedded model on generated text."
+        prog="python -m pipeline.pocket",
+        description="Pre-train an embedded model on generated text.",
+        **examples(EXAMPLES),
     )
     p.add_argument("--model", choices=sorted(COURSES), default="decoder", help="which of the embedded models (decoder)")
     p.add_argument("--out", type=Path, required=True, help="folder for the weights, the tokenizer and provenance.json")

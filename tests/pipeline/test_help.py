@@ -1,0 +1,63 @@
+"""Every command line ends its --help with examples, and each of them is one that the command takes."""
+
+import argparse
+import shlex
+from importlib import import_module
+
+import pytest
+
+MODULES = ("cache_schema", "pipeline", "pipeline.pocket", "stage1_teacher", "stage2_student", "stage3_eval")
+STARTS = ("python -m ", "torchrun --standalone --nproc_per_node 8 -m ")
+
+
+def line_of(module):
+    return import_module(f"{module}.__main__").parser()
+
+
+def leaves(parser):
+    """The parsers that have no sub-commands of their own."""
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not below:
+        return [parser]
+    return [leaf for action in below for sub in action.choices.values() for leaf in leaves(sub)]
+
+
+def examples(parser):
+    title, *lines = (parser.epilog or "").splitlines()
+    assert title == "examples:", parser.prog
+    return [line.strip() for line in lines]
+
+
+LEAVES = [pytest.param(module, leaf, id=leaf.prog) for module in MODULES for leaf in leaves(line_of(module))]
+
+
+@pytest.mark.parametrize(("module", "leaf"), LEAVES)
+def test_the_examples_of_a_help_page_are_taken(module, leaf):
+    found = examples(leaf)
+    assert found
+    for line in found:
+        start = next(start for start in STARTS if line.startswith(start))
+        named, *arguments = shlex.split(line.removeprefix(start))
+        assert named == module
+        assert leaf.prog.split()[3:] == arguments[: len(leaf.prog.split()) - 3], "an example of another sub-command"
+        line_of(module).parse_args(arguments)
+
+
+@pytest.mark.parametrize("wrong", ["pipeline run --recipes pocket", "cache_schema verify", "stage2_student --steps 3"])
+def test_an_example_that_is_not_taken_would_be_noticed(wrong, capsys):
+    module, *arguments = wrong.split()
+    with pytest.raises(SystemExit):
+        line_of(module).parse_args(arguments)
+
+
+def test_the_recipes_named_in_examples_are_there():
+    from pipeline.recipe import recipe_names
+
+    named = set()
+    for module in MODULES:
+        for leaf in leaves(line_of(module)):
+            for line in examples(leaf):
+                words = shlex.split(line)
+                named |= {words[i + 1] for i, word in enumerate(words) if word == "--recipe"}
+    assert {name for name in named if not name.endswith(".yaml")} <= set(recipe_names())
+    assert named
