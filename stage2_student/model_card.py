@@ -19,6 +19,7 @@ from stage2_student.arms import ArmPlan
 if TYPE_CHECKING:
     from stage2_student.export import Merged
 
+_RESULTS = "logitbank results 2"  # the format that is read here; stage 3 writes it
 # Our metrics by the names that the Hub has for them; others keep theirs.
 _HUB_METRICS = {
     "strict": "exact_match",
@@ -51,12 +52,13 @@ class Reported:
 
     @classmethod
     def of(cls, run_dir: RunDir) -> "Reported":
-        """The run's report; an absent or damaged one has no numbers."""
+        """The run's report; one that is absent, damaged or of another format has no numbers."""
         try:
             results = json.loads((run_dir.report / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             results = {}
-        return cls(run_dir, results if isinstance(results, dict) else {})
+        known = isinstance(results, dict) and results.get("format") == _RESULTS
+        return cls(run_dir, results if known else {})
 
     def headline(self, student: str, run: str) -> int | None:
         """The step of the checkpoint that the report's table shows."""

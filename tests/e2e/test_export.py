@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
+import s3
 import toys
 import yaml
 from hub import Hub
@@ -164,6 +166,28 @@ def test_a_torn_shard_is_not_handed_over(scored, tmp_path):
     with pytest.raises(RunError, match=r"its commit record says .*\n.* python -m cache_schema repair"):
         pipeline_main(["export", "--recipe", str(scored), "--set", elsewhere, "--cache", "--to", str(tmp_path / "to")])
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # boto's and moto's
+def test_a_cache_in_a_bucket_is_handed_over(scored, data_set, tmp_path, monkeypatch):
+    """From S3 it is the same folder as from a disk, but for the folder's name in the card."""
+    for name, value in s3.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with s3.Server() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bank")
+        cache = scored.parent / "cache"
+        for path in (path for path in cache.rglob("*") if path.is_file()):
+            client.upload_file(str(path), "bank", f"there/{path.relative_to(cache)}")
+        there = ["--set", "cache.dir=s3://bank/there", "--set", f"runtime.copies={tmp_path / 'copies'}"]
+        to = tmp_path / "to"
+        assert pipeline_main(["export", "--recipe", str(scored), *there, "--cache", "--to", str(to)]) == 0
+    ours = {str(p.relative_to(data_set)): p.read_bytes() for p in data_set.rglob("*") if p.is_file()}
+    theirs = {str(p.relative_to(to)): p.read_bytes() for p in to.rglob("*") if p.is_file()}
+    assert theirs.pop("README.md").replace(str(to).encode(), str(data_set).encode()) == ours.pop("README.md")
+    assert theirs == ours and verify(to).good
 
 
 def test_a_cache_is_no_student(scored, tmp_path):
