@@ -116,6 +116,17 @@ class PromptBuilder:
             ids = self._plain_shots(shots)
         return [*self._prefix_ids, *ids, *self._tokens(prompt), *([self.end_id] if self.seq2seq else [])]
 
+    def shared_ids(self, shots: Sequence[Example]) -> list[int]:
+        """The ids every prompt behind these worked examples begins with: what two with nothing in common share.
+
+        None in an encoder, where the worked examples are read in the light of the prompt behind them.
+        """
+        if self.seq2seq:
+            return []
+        one, other = (self.prompt_ids(text, shots) for text in ("0", "a"))
+        same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        return one[:same]
+
     def encode(self, prompt: str, answer: str, shots: Sequence[Example] = ()) -> Encoded:
         """A prompt and its answer, with the answer's place and offsets."""
         before = self.prompt_ids(prompt, shots)

@@ -72,8 +72,24 @@ class Capture:
 
         `report` is called with the number of examples finished.
         """
+        jobs, quarantined = self.prepare(examples)
+        report(len(quarantined))
+        rows: dict[str, CacheRow] = {}
+        for context, batch in self.batches(jobs):
+            try:
+                for job, kept in zip(batch, self._run(batch, context), strict=True):
+                    rows[job.example.id] = self._row(job, kept)
+            except Exception as error:
+                first, *others = (job.example.id for job in batch)
+                error.add_note(f"in the batch of {first}" + (f" and {len(others)} more" if others else ""))
+                raise
+            report(len(batch))
+        return [rows[example.id] for example in examples if example.id in rows], quarantined
+
+    def prepare(self, examples: Sequence[Example]) -> "tuple[list[Job], list[QuarantinedExample]]":
+        """What the teacher is to read of the usable examples, and the others with their reasons."""
         quarantined: list[QuarantinedExample] = []
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         for example in examples:
             if example.unusable:
                 quarantined.append(QuarantinedExample(example.id, example.task, example.unusable))
@@ -87,20 +103,14 @@ class Capture:
                 quarantined.append(QuarantinedExample(example.id, example.task, reason, len(encoded.answer_ids)))
                 continue
             read = TeacherInput(encoded.input_ids[:readable], encoded.answer_start - 1, encoded.encoder_ids)
-            jobs.append(_Job(example, encoded, read))
-        report(len(quarantined))
-        rows: dict[str, CacheRow] = {}
+            jobs.append(Job(example, encoded, read))
+        return jobs, quarantined
+
+    def batches(self, jobs: "Sequence[Job]") -> "Iterator[tuple[list[int], list[Job]]]":
+        """The batches of a shard, each with the leading tokens that all its sequences share and that are read once."""
         for context, group in self._by_context(jobs):
             for batch in token_budget_batches(group, len(context), self.batch_tokens):
-                try:
-                    for job, kept in zip(batch, self._run(batch, context), strict=True):
-                        rows[job.example.id] = self._row(job, kept)
-                except Exception as error:
-                    first, *others = (job.example.id for job in batch)
-                    error.add_note(f"in the batch of {first}" + (f" and {len(others)} more" if others else ""))
-                    raise
-                report(len(batch))
-        return [rows[example.id] for example in examples if example.id in rows], quarantined
+                yield context, batch
 
     def _usable(self, example: Example, encoded: Encoded) -> tuple[str, int]:
         """(why the example cannot be used at all or "", how many of its tokens count).
@@ -128,32 +138,23 @@ class Capture:
             return "id_beyond_vocabulary", readable
         return "", readable
 
-    def _by_context(self, jobs: "Sequence[_Job]") -> Iterator[tuple[list[int], "list[_Job]"]]:
+    def _by_context(self, jobs: "Sequence[Job]") -> Iterator[tuple[list[int], "list[Job]"]]:
         """Jobs grouped by the worked examples they share; those that share none are read whole, context ()."""
         shared: dict[str, list[int]] = {}
-        groups: dict[tuple[int, ...], list[_Job]] = {}
+        groups: dict[tuple[int, ...], list[Job]] = {}
         for job in jobs:
             task = job.example.task
             if task not in shared:
-                shared[task] = self._shared_context(job.example)
+                shared[task] = (
+                    self.prompts.shared_ids(self.shots.of(job.example)) if self.shots.policy == "shared" else []
+                )
             context = shared[task]
             fits = job.encoded.input_ids[: len(context)] == context and len(context) < job.encoded.answer_start
             groups.setdefault(tuple(context) if fits else (), []).append(job)
         for key, members in groups.items():
             yield list(key), members
 
-    def _shared_context(self, example: Example) -> list[int]:
-        """The ids every prompt of this task begins with: what two prompts with nothing in common share.
-
-        None in an encoder, where the worked examples are read in the light of the prompt behind them.
-        """
-        if self.shots.policy != "shared" or self.prompts.seq2seq:
-            return []
-        one, other = (self.prompts.prompt_ids(text, self.shots.of(example)) for text in ("0", "a"))
-        same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-        return one[:same]
-
-    def _run(self, batch: "Sequence[_Job]", context: list[int]) -> "list[TopK]":
+    def _run(self, batch: "Sequence[Job]", context: list[int]) -> "list[TopK]":
         """One batch through the teacher and reduced to the CPU; halved for as long as memory runs out."""
         inputs = [job.input for job in batch]
         try:
@@ -173,7 +174,7 @@ class Capture:
         half = len(batch) // 2
         return self._run(batch[:half], context) + self._run(batch[half:], context)
 
-    def _selected(self, batch: "Sequence[_Job]", context: list[int]) -> Iterator[TopK]:
+    def _selected(self, batch: "Sequence[Job]", context: list[int]) -> Iterator[TopK]:
         """All wanted rows of the batch, in order, in chunks of some rows: their largest logits, or drawn ones."""
         inputs = [job.input for job in batch]
         if self.sample_seed is None:
@@ -188,7 +189,7 @@ class Capture:
             yield sample(logits_NV, uniforms_NK[done : done + len(logits_NV)], self.temperatures)
             done += len(logits_NV)
 
-    def _row(self, job: "_Job", kept: TopK) -> CacheRow:
+    def _row(self, job: "Job", kept: TopK) -> CacheRow:
         """One example's cache row; positions beyond the window are filled with zeros and marked cut."""
         answer_ids = np.asarray(job.encoded.answer_ids, dtype=np.int32)
         n, read = len(answer_ids), len(kept.finite_N)
@@ -231,7 +232,9 @@ class Capture:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A usable example and what the teacher reads of it."""
+
     example: Example
     encoded: Encoded
     input: TeacherInput
@@ -242,11 +245,11 @@ class _Job:
         return len(self.input.encoder_ids), len(self.input.input_ids)
 
 
-def token_budget_batches(jobs: Sequence[_Job], skipped: int, budget: int) -> Iterator[list[_Job]]:
+def token_budget_batches(jobs: Sequence[Job], skipped: int, budget: int) -> Iterator[list[Job]]:
     """Length-sorted batches, longest first (memory is at its peak at once, not at the end), each of at most `budget`
     tokens with padding, the encoder's and the decoder's; `skipped` leading tokens of every decoder sequence are the
     shared context and count nothing. Sorted by the encoder's lengths first: prompts are longer than answers."""
-    batch: list[_Job] = []
+    batch: list[Job] = []
     longest = np.zeros(2, dtype=int)
     for job in sorted(jobs, key=lambda job: (*(-n for n in job.lengths), job.example.id)):
         own = np.array(job.lengths) - (0, skipped)

@@ -19,7 +19,7 @@ from pipeline.models import ModelSource, load_seq2seq_lm, load_tokenizer
 from pipeline.prompts import Encoded, PromptBuilder
 from pipeline.recipe import load_recipe
 from pipeline.tasks import Example
-from stage1_teacher.capture import Capture, _Job, token_budget_batches
+from stage1_teacher.capture import Capture, Job, token_budget_batches
 from stage1_teacher.ledger import task_table
 from stage1_teacher.teacher import Seq2SeqTeacher, TeacherInput
 
@@ -96,9 +96,9 @@ def test_out_of_memory_halves_the_batch_and_goes_on(model, prompts):
     budget=st.integers(1, 200),
 )
 def test_batches_stay_within_the_budget_of_both_sides(lengths, skipped, budget):
-    def job(i: int, encoder: int, decoder: int) -> _Job:
+    def job(i: int, encoder: int, decoder: int) -> Job:
         read = TeacherInput([0] * decoder, 0, [0] * encoder)
-        return _Job(Example(f"{i:02}", "toy", "", ""), Encoded([], 0, []), read)
+        return Job(Example(f"{i:02}", "toy", "", ""), Encoded([], 0, []), read)
 
     jobs = [job(i, *pair) for i, pair in enumerate(lengths)]
     batches = list(token_budget_batches(jobs, skipped, budget))
