@@ -246,8 +246,8 @@ def test_the_report_of_a_mixture_has_the_summary_and_the_details(recipe, tmp_pat
         "differences-test.png", "differences-unseen_zero_shot.png",
     ]  # fmt: skip
     assert all(path.is_file() for path in files)
-    assert files[1].read_text() == text
-    details = files[2].read_text()
+    assert files[2].read_text() == text
+    details = files[3].read_text()
     assert "## Student `gpt2`, task `eng_spa`, unseen tasks, 0-shot" in details
     assert "| distill (2 seeds) " in details and "60.00 70.00" in details
     assert "| flan " in details
