@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.prompts import Encoded
 
 _LONGEST = 320  # tokens of an answer that is shown
+_PROMPT = 4000  # characters of a prompt
 
 
 class Reading:
@@ -71,7 +72,7 @@ class Reading:
         return {
             "id": row.example_id,
             "task": row.task,
-            "prompt": row.prompt,
+            "prompt": row.prompt if len(row.prompt) <= _PROMPT else f"{row.prompt[:_PROMPT]} ...",
             "answer": row.answer,
             "same_tokens": answer.same_tokens,
             "by_rank": answer.ids is None,

@@ -5,11 +5,12 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from report_run import HOSTILE, make_run
+from report_run import HOSTILE, make_run, quicken
 
 from cache_schema.reader import CacheReader
 from pipeline.recipe import load_recipe
@@ -18,7 +19,7 @@ from stage3_eval.blocks import Blocks
 from stage3_eval.evaluate import ModelRun
 from stage3_eval.report.html import _SCRIPTS, _file, island, page
 from stage3_eval.report.html.collect import thinned
-from stage3_eval.viewer import _identity, _kept
+from stage3_eval.viewer import _identity, _kept, _most_changed, _scored
 from stage3_eval.viewer_rows import disagreement, mean_of
 
 
@@ -29,7 +30,7 @@ def made(tmp_path_factory):
     make_run(root)
     arguments = ["--recipe", str(root / "recipe.yaml")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stage3_eval.compare._RESAMPLES", 100)
+        quicken(patch)
         assert main(arguments) == 0
     return root, arguments
 
@@ -88,7 +89,36 @@ def test_a_distance_counted_by_hand():
 
 def test_losses_are_thinned_to_means():
     assert thinned({2: 1.0, 1: 3.0, 3: 5.0}, 2) == [[2, 2.0], [3, 5.0]]
-    assert (thinned({1: 3.0}), thinned({})) == ([[1, 3.0]], [])
+    assert (thinned({1: 3.0}), thinned({}), thinned({1: float("nan")})) == ([[1, 3.0]], [], [])
+
+
+def test_the_most_changed_examples_are_those():
+    changes = {0: [0.5, 0.1], 1: [0.5, 0.6], 2: [None, None], 3: [0.2, 0.2], 4: [0.5, 0.4]}
+    assert _most_changed(changes, 3) == [
+        (0, "nearer to the teacher"),
+        (4, "nearer to the teacher"),
+        (1, "further from the teacher"),
+    ]
+    assert _most_changed({3: [0.2, 0.2]}, 6) == [(3, "least changed")]
+    assert _most_changed({}, 3) == []
+
+
+def test_cached_examples_that_were_fixed_or_broken_are_chosen_first(made):
+    root, _ = made
+    recipe = load_recipe(str(root / "recipe.yaml"))
+    blocks = Blocks(recipe)
+    model = ModelRun(recipe, "toy", blocks, rescore=True).evaluate()
+    examples = blocks.scored[0].examples
+    assert blocks.scored[0].name == "train"
+    reader = CacheReader.open(root / "cache")
+    assert _scored(recipe, blocks.scored, model, reader) == []  # all are wrong
+    for condition, of in (("uld@4", (0, 5)), ("sft@4", (2,))):
+        predictions = model.files[condition, "train"].predictions
+        for i in of:
+            right = examples[i].answer.splitlines()[-1]
+            predictions[examples[i].id] = replace(predictions[examples[i].id], prediction=right)
+    chosen = {reader.read([i])[0].example_id: why for i, why in _scored(recipe, blocks.scored, model, reader)}
+    assert chosen == {examples[0].id: "fixed", examples[5].id: "fixed", examples[2].id: "broken"}
 
 
 def test_the_untouched_teacher_agrees_with_its_cache_and_a_trained_one_does_not(made):
@@ -181,7 +211,7 @@ def test_rescoring_needs_no_model_and_no_cache(made, tmp_path, capsys):
     kept = (copy / "run" / "report" / "viewer.json").read_bytes()
     shutil.rmtree(copy / "run" / "students" / "toy" / "uld" / "checkpoints")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stage3_eval.compare._RESAMPLES", 100)
+        quicken(patch)
         patch.setattr("pipeline.fingerprint.Experiment.open_cache", None)
         patch.setattr("pipeline.models.load_causal_lm", None)
         assert main(arguments) == 0
@@ -200,7 +230,7 @@ def test_a_cache_that_is_gone_is_a_reason_and_no_error(made, tmp_path):
     (tmp_path / "run" / "report" / "viewer.json").unlink()
     overrides = ["--set", f"run_dir={tmp_path / 'run'}", "--set", f"cache.dir={tmp_path / 'nothing'}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stage3_eval.compare._RESAMPLES", 100)
+        quicken(patch)
         assert main(["--recipe", str(root / "recipe.yaml"), *overrides]) == 0
     data = data_of(tmp_path / "run" / "report" / "report.html")
     assert str(tmp_path / "nothing") in data["viewer"]["missing"]["token viewer"] and data["cost"]["cache"] is None

@@ -11,6 +11,7 @@ versions   of what wrote the page
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,7 +46,9 @@ def collect(
     return {
         "results": {**shown, "block_names": {b: block_name(b, found["shots"]) for b in found["blocks"]}},
         "notes": notes(found),
-        "losses": {s: {run: thinned(of) for run, of in runs.items() if of} for s, runs in losses.items()},
+        "losses": {
+            s: {run: points for run, of in runs.items() if (points := thinned(of))} for s, runs in losses.items()
+        },
         "answers": answers_of(recipe, blocks, students),
         "cost": cost_of(recipe, students, inside.get("cache")),
         "viewer": {"students": inside["students"], "missing": inside["missing"]},
@@ -55,8 +58,9 @@ def collect(
 
 
 def thinned(losses: Mapping[int, float], points: int = LOSS_POINTS) -> list[list[float]]:
-    """[step, loss] pairs in order; of more than `points`, the means of equally many neighbours, at their last step."""
-    pairs = sorted(losses.items())
+    """[step, loss] pairs in order; of more than `points`, the means of equally many neighbours, at their last step.
+    A loss that is no number is left out."""
+    pairs = sorted((step, loss) for step, loss in losses.items() if math.isfinite(loss))
     width = -(-len(pairs) // points) if pairs else 1
     groups = [pairs[i : i + width] for i in range(0, len(pairs), width)]
     return [[group[-1][0], round(sum(loss for _, loss in group) / len(group), 6)] for group in groups]

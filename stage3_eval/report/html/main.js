@@ -29,7 +29,15 @@ function theme_button() {
   return button;
 }
 
-const sections = [results_section, curves_section, answers_section, viewer_section, cost_section, provenance_section].map((make) => make());
+// What one section stumbles over does not take the others away.
+const sections = Object.entries({ results: results_section, curves: curves_section, answers: answers_section, viewer: viewer_section, cost: cost_section, provenance: provenance_section }).map(([id, make]) => {
+  try {
+    return make();
+  } catch (error) {
+    console.error(error);
+    return section(id, id, null, h("p", { class: "notice" }, plain(`This section could not be drawn: ${error}. Its numbers are in results.json.`)));
+  }
+});
 document.body.append(
   h("a", { class: "skip", href: "#results" }, "Skip to the results"),
   h("header", { class: "page" }, h("p", { class: "quiet" }, "Report of a run"), h("h1", null, plain(data.results.recipe)), theme_button()),
