@@ -16,7 +16,6 @@ from pipeline.models import (
     tokenizer_digest,
     vocabulary,
 )
-from pipeline.progress import progress
 from pipeline.recipe import describe_keys, load_recipe, recipe_names
 
 
@@ -161,11 +160,3 @@ def test_names_are_suggested():
         "unknown recipe 'pokcet'. Did you mean 'pocket'?"
     )
     assert "Did you mean" not in unknown_name("recipe", "zzz", ["pocket"])
-
-
-def test_progress_in_a_log_is_whole_lines(capsys):
-    with progress("work", 10, "things", done=4) as bar:
-        bar.advance(6, note="loss 1.5")
-    out = capsys.readouterr().out
-    assert out.endswith("\n") and "\r" not in out
-    assert "work: 100%" in out.splitlines()[-1] and "10/10" in out and "loss 1.5" in out
