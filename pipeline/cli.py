@@ -1,7 +1,8 @@
 """What every command line shares: `--recipe`, `--set`, errors without a traceback, exit codes. Imports nothing heavy.
 
 Exit codes: 0 all that was asked for is there; 2 a mistake that stops everything, said on stderr; 3 what could be done
-is done, but something is missing, listed with the command that tries it again; 130 interrupted.
+is done, but something is missing, listed with the command that tries it again; 130 and 143 stopped by SIGINT and
+SIGTERM, see `stopping`.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_schema.errors import CacheError
 from pipeline.errors import UserError
+from pipeline.stopping import Stopped, how_to_go_on, listening
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -72,12 +74,14 @@ def recipe_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def guarded(main: Callable[[Sequence[str] | None], int]) -> int:
-    """Run a command line's main: users' mistakes end on stderr with exit code 2, an interrupt with 130."""
+    """Run a command line's main: users' mistakes end on stderr with exit code 2, signals as `stopping` says."""
     try:
-        return main(None)
+        with listening():
+            return main(None)
     except (UserError, CacheError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if told := how_to_go_on():
+            print(told, file=sys.stderr)
+        return stop.code if isinstance(stop, Stopped) else 130

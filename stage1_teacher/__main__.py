@@ -130,10 +130,12 @@ def _capture(
 
         run_on_cluster(experiment.recipe, command, writer, handout, lambda done: bar.show(there + done))
         return
+    from pipeline.stopping import deferred
     from stage1_teacher.executor import run_shards, worker_of
 
     worker = worker_of(experiment, writer, handout.waiting)
-    run_shards(worker, handout, lambda done: bar.show(there + done))
+    with deferred("the shards in work are written"):
+        run_shards(worker, handout, lambda done: bar.show(there + done))
     if reused := worker.capture.teacher.provenance.get("vllm"):
         print(
             f"vLLM read {reused['tokens_read']:,} tokens, of which {reused['tokens_from_prefix_cache']:,} "

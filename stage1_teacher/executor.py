@@ -15,6 +15,7 @@ from typing import Any
 
 from cache_schema.errors import CacheError, FingerprintMismatch, NotACache, PlanMismatch, StorageError
 from cache_schema.writer import CacheWriter
+from pipeline import stopping
 from pipeline.fingerprint import Experiment
 from pipeline.handout import Handout, Outcome, Unit, failed
 from pipeline.models import provenance
@@ -124,8 +125,8 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
     """Hand the shards to this process's worker, until they are done, have failed here, or the worker is given no more.
 
     Shards that others have claimed are waited for, and taken over where a claim goes stale; a process of torchrun that
-    is given no more waits too, see `wait_for_others`. `show` is called with the number of examples that are captured of
-    the shards handed out. Raises what concerns all shards.
+    is given no more waits too, see `wait_for_others`; one that is asked to stop finishes what it has in work. `show` is
+    called with the number of examples that are captured of the shards handed out. Raises what concerns all shards.
     """
     manifest = worker.writer.manifest
 
@@ -136,7 +137,7 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
     waiting, taken = False, 0
     try:
         while True:
-            shard = handout.next(0)
+            shard = None if stopping.requested() else handout.next(0)
             for outcome in worker.finish() if shard is None else worker.work(int(shard), report=report):
                 handout.settle(0, outcome)
                 taken = taken + 1 if outcome.state == "taken" else 0
@@ -146,6 +147,8 @@ def run_shards(worker: ShardWorker, handout: Handout, show: Callable[[int], None
             report()
             if shard is not None:
                 continue
+            if stopping.requested():
+                break
             if 0 in handout.given_up:
                 if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                     wait_for_others(worker.writer, handout.given_up[0])
@@ -168,7 +171,7 @@ def wait_for_others(writer: CacheWriter, why: str) -> None:
     """
     print(f"no more shards are tried here: {why}\nwaiting for the other processes to end theirs", flush=True)
     last_seen, before, found = time.monotonic(), [-1], 0
-    while (missing := writer.missing()) and time.monotonic() - last_seen < QUIET_S:
+    while (missing := writer.missing()) and time.monotonic() - last_seen < QUIET_S and not stopping.requested():
         # claimed at two looks: the look of another process that waits like this one claims too, for a moment
         held = found in missing and _claimed(writer, found)
         if held or missing != before:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from cache_schema.errors import CacheError
 from pipeline.cli import EXIT_INCOMPLETE, guarded, recipe_arguments, recipe_of, recipe_parser
 from pipeline.errors import UserError
+from pipeline.stopping import Stopped, deferred, requested, tell_sessions
 
 if TYPE_CHECKING:
     from pipeline.fingerprint import Experiment
@@ -128,13 +129,23 @@ def _report_alignment(experiment: "Experiment", student: str | None) -> None:
 
 def _in_processes(count: int, arguments: Sequence[str]) -> int:
     """The same command line once more in `count` processes of one group; the exit code of the first that failed."""
+    import logging
+
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    def tell(signum: int) -> None:
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # or it reports each as a failure
+        tell_sessions(signum)
+
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    handles = "--signals-to-handle=SIGHUP,SIGQUIT"  # not those that `stopping` passes on
     try:
-        torchrun(["--standalone", f"--nproc_per_node={count}", "-m", "stage2_student", *arguments])
+        with deferred("this step is done and saved", tell):
+            torchrun(["--standalone", handles, f"--nproc_per_node={count}", "-m", "stage2_student", *arguments])
     except ChildFailedError as error:
+        if (signum := requested()) is not None:
+            raise Stopped(signum) from None
         return error.get_first_failure()[1].exitcode
     return 0
 

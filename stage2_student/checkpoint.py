@@ -69,6 +69,17 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def drop_between(checkpoints: Path, save_every: int, before: int) -> None:
+    """Remove the checkpoints before a step that are no multiples of `save_every`: runs that were stopped left them to
+    go on from, and a run that was not has none."""
+    for step in complete_steps(checkpoints):
+        if step < before and step % save_every:
+            folder = checkpoints / f"step-{step:06d}"
+            with storage_errors(folder, f"removing the checkpoint of step {step}"):
+                (folder / STATE).unlink()  # first: without it there is no checkpoint
+                shutil.rmtree(folder)
+
+
 def load(
     folder: Path,
     model: Any,

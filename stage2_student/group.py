@@ -59,6 +59,12 @@ class Group:
             total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
             return total
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any process. Raises GroupBroken."""
+        if self.ranks == 1:
+            return mine
+        return bool(self.sum(torch.tensor([int(mine)], device=self.accelerator.device)).item())
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank: plain JSON (a tuple comes back as a list), sent as such, since what another
         machine sends is not to be unpickled. Raises GroupBroken."""

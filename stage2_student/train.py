@@ -24,6 +24,7 @@ from torch import Tensor
 from cache_schema.errors import CacheError
 from cache_schema.manifest import fingerprint_of
 from cache_schema.reader import CacheReader
+from pipeline import stopping
 from pipeline.errors import RunError, UserError
 from pipeline.models import provenance
 from pipeline.progress import progress
@@ -129,14 +130,15 @@ def train_arm(
     collator: Collator,
     usable: Usable,
 ) -> None:
-    """One arm from where it stands to `settings.steps`.
+    """One arm from where it stands to `settings.steps`, or to the step at which one of the processes is asked to stop:
+    then all save and raise Stopped.
 
     Raises RunError, before anything of that step is saved, where a loss or a gradient is not finite; it and what else
     may stop one arm (CONTAINED) on every process.
     """
     seed, done = arm.run.seed, arm.done
     load = loader(collator, usable, settings, seed, group.rank, group.ranks)
-    with ExitStack() as opened:
+    with stopping.deferred("this step is done and saved", leave=False), ExitStack() as opened:
         log = bar = None
         with group.agree():
             student.reset(seed)
@@ -152,28 +154,37 @@ def train_arm(
         group.share(student, optimizer, done)
 
         problem: Exception | None = None  # of this process alone, until the next sum tells the others
-        started = time.perf_counter()
+        stop, started = False, time.perf_counter()
         for step, found in prefetched(load, range(done, settings.steps)):
             batches = [] if isinstance(found, Exception) else found
             problem = problem or (found if isinstance(found, Exception) else None)
             measured = take_step(group, student, optimizer, gradients, arm, losses, settings, step, batches, problem)
+            stop = group.any(stopping.requested() is not None)
             tokens_per_s = measured["tokens"] / (time.perf_counter() - started)
             if log is not None and bar is not None:
                 loss, lr, norm = measured["loss"], measured["lr"], measured["grad_norm"]
                 bar.advance(1, note=f"loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} {tokens_per_s:,.0f} tok/s")
                 try:
                     log.write({"step": step + 1, **measured, "tokens_per_s": tokens_per_s})
-                    if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                    regular = (step + 1) % settings.save_every == 0 or step + 1 == settings.steps
+                    if regular or stop:
                         log.flush()
                         folder, notes = arm.folder.checkpoint(step + 1), run_notes(group, arm, settings, usable)
                         checkpoint.save(folder, step + 1, student.model, student.parameters, optimizer, notes)
+                    if regular:
+                        checkpoint.drop_between(arm.folder.checkpoints, settings.save_every, step + 1)
                 except CONTAINED as error:
                     problem = error
+            if stop:
+                break
             started = time.perf_counter()
         with group.agree():
             if problem is not None:
                 raise problem
             opened.close()  # here, since closing the log may fail too
+    if stop:
+        stopping.ask()  # of those that were not asked by a signal
+        raise stopping.Stopped(stopping.requested() or stopping.ASK)
 
 
 def take_step(

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline import stopping
 from pipeline.errors import ModelError, RunError, UserError
 from pipeline.handout import Handout, Outcome, Unit, failed
 from pipeline.progress import progress
@@ -98,8 +99,9 @@ class Answers:
         except Exception as error:  # a model that cannot be loaded leaves the others to be scored
             return dict.fromkeys(handout.waiting, failed("", error).reason)
         wanted, todo = (sum(len(of) for of in each) for each in ([j.examples for j in jobs], [e for _, e in lacking]))
-        with progress(f"stage 3, {self.subject.name}", wanted, "answers", done=wanted - todo) as bar:
-            while (name := handout.next(0)) is not None:
+        shown = progress(f"stage 3, {self.subject.name}", wanted, "answers", done=wanted - todo)
+        with stopping.deferred("the batch in work is kept"), shown as bar:
+            while not stopping.requested() and (name := handout.next(0)) is not None:
                 mine = [(job, examples) for job, examples in lacking if job.condition.name == name]
                 handout.settle(0, self.answer(name, mine, bar.advance))
         return handout.failures | dict.fromkeys(handout.untried, f"not tried, since {handout.given_up.get(0)}")
@@ -142,7 +144,8 @@ class Answers:
         """
         try:
             for job, examples in lacking:
-                self._generate(job, examples, advance)
+                if not stopping.requested():
+                    self._generate(job, examples, advance)
         except CannotSave:
             raise
         except Exception as error:
@@ -288,9 +291,12 @@ class Answers:
             chunk = ordered[start : start + self._engine.chunk]
             fresh += self._answered(job, chunk, self._engine)
             advance(len(chunk), f"{job.condition.name} on {job.block.name}")
-            if time.monotonic() - saved > _SAVE_EVERY_S or start + len(chunk) == len(ordered):
+            stop = stopping.requested()
+            if stop or time.monotonic() - saved > _SAVE_EVERY_S or start + len(chunk) == len(ordered):
                 self._save(job, fresh, written_by)
                 fresh, saved = [], time.monotonic()
+            if stop:
+                return
 
     def _answered(self, job: Job, chunk: Sequence[Example], engine: Engine) -> list[Prediction]:
         """What the engine says of some examples: its answer and, where there are labels, how likely each of them is."""

@@ -6,7 +6,6 @@ finished is found finished; `run` again is how to resume.
 
 import argparse
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, add_recipe_arguments, recipe_arguments, recipe_of
 from pipeline.errors import RunError
 from pipeline.stages import STAGES, stage_command
+from pipeline.stopping import run_child
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -39,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = recipe_of(args)
     run_dir = RunDir.of(recipe)
-    _remember(recipe, run_dir.recipe)
+    remember(recipe, run_dir.recipe)
     started, incomplete = time.monotonic(), False
     for number, stage in enumerate(STAGES, 1):
         command = stage_command(stage, recipe, recipe_arguments(args))
         print(f"\n=== stage {number} of 3: {shlex.join(['python', *command[1:]])}", flush=True)
         before = time.monotonic()
         try:
-            code = subprocess.run(command, check=False).returncode
+            code = run_child(command)
         except OSError as error:
             raise RunError(
                 f"runtime.python.{stage}: expected a Python interpreter, found {command[0]}: {error.strerror}"
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_INCOMPLETE if incomplete else 0
 
 
-def _remember(recipe: "Recipe", path: Path) -> None:
+def remember(recipe: "Recipe", path: Path) -> None:
     """Leave the resolved recipe beside its results."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
