@@ -7,7 +7,9 @@ tried again, is decided by `handout`. Only this module imports ray.
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -18,6 +20,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from cache_schema.errors import CacheError
+from pipeline import stopping
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.handout import Handout, Outcome, Unit
 from pipeline.recipe import Recipe
@@ -124,7 +127,8 @@ class Cluster:
             if slot.refused:  # in an earlier run: it has loaded nothing
                 handout.give_up(slot.number, slot.refused)
         try:
-            self._run(handout, missing, size, show, extra)
+            with stopping.deferred("what the workers have in work is done"):
+                self._run(handout, missing, size, show, extra)
         except (self._ray.exceptions.RayError, ConnectionError) as error:
             raise RunError(
                 f"runtime.executor is {self._runtime.executor}: the Ray cluster was lost: {first_line(error)}; see "
@@ -143,6 +147,8 @@ class Cluster:
     ) -> None:
         looked = last_placed = time.monotonic()
         while not handout.over({slot.number for slot in self._slots}):
+            if stopping.requested() and not any(handout.of(slot.number) for slot in self._slots):
+                return
             self._hand_out(handout, extra)
             calls = {slot.call: slot for slot in self._slots if slot.call is not None}
             if not calls:
@@ -172,7 +178,10 @@ class Cluster:
         for slot in self._slots:
             if slot.call is not None or slot.number in handout.given_up:
                 continue
-            if slot.actor is None:
+            if stopping.requested():
+                if handout.of(slot.number):
+                    slot.doing, slot.call = "finish", slot.actor.finish.remote()
+            elif slot.actor is None:
                 settings = {"max_restarts": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
                 slot.actor = self._ray.remote(**self._options, **settings)(self._worker).remote(*self._arguments)
                 slot.doing, slot.call = "start", slot.actor.start.remote()
@@ -242,6 +251,7 @@ def connect(executor: str) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    on_term = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     try:
         if executor != "ray":
             ray.init(executor, **quiet)
@@ -257,6 +267,9 @@ def connect(executor: str) -> tuple[Any, bool]:
             f"runtime.executor is {executor}: no connection to the Ray cluster at {where}: {text}; see that it runs "
             "(`ray status` there) with this release of Ray, or work in this process: --executor local"
         ) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)
     return ray, True
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 ASK, END = signal.SIGUSR1, signal.SIGUSR2
+ANSWERED = "LOGITBANK_STARTED_BY"  # set for a process whose parent says how to go on
 _COUNTED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -104,7 +105,7 @@ def run_child(command: Sequence[str], stdout: int | None = None) -> int:
             child.send_signal(signum)
 
     with deferred("the step in work has come to its safe point", tell):
-        child = subprocess.Popen(command, stdout=stdout)
+        child = subprocess.Popen(command, stdout=stdout, env=os.environ | {ANSWERED: str(os.getpid())})
         if _state.asked is not None:  # before there was anybody to tell
             tell(ASK)
         code = child.wait()
@@ -121,15 +122,16 @@ def tell_sessions(signum: int) -> None:
 
 
 def how_to_go_on() -> str:
-    """What a stopped process says at last; nothing where its parent, which asked it to stop, or another one does."""
-    kept = "stopped; what was finished is kept."
-    if (_state.asked is not None and not _state.counted) or int(os.environ.get("RANK", "0")) > 0:
+    """What a stopped process says at last; nothing where its parent does, or the first of torchrun's processes."""
+    if ANSWERED in os.environ or int(os.environ.get("RANK", "0")) > 0:
         return ""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    kept, world = "stopped; what was finished is kept.", os.environ.get("WORLD_SIZE", "1")
+    if world != os.environ.get("LOCAL_WORLD_SIZE", world):
         return f"{kept} To go on, run the same command again, on every machine"
+    start = ["python"] if world == "1" else ["torchrun", "--standalone", f"--nproc_per_node={world}"]
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
-    return f"{kept} To go on:\n  {shlex.join(['python', *program, *sys.argv[1:]])}"
+    return f"{kept} To go on:\n  {shlex.join([*start, *program, *sys.argv[1:]])}"
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -137,7 +139,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if signum == END or _state.counted > 1:
         for tell in _state.told:
             tell(END)
-        os.write(2, b"\nstopped at once; what was finished before is kept\n")
+        shown_again = b"\x1b[?25h" if os.isatty(2) else b""  # the cursor, which a progress bar hides
+        os.write(2, shown_again + b"\nstopped at once; what was finished before is kept\n")
         os._exit(128 + (_state.asked if _state.asked in _COUNTED else signum))
     first = _state.asked is None
     if first or (_state.asked == ASK and signum in _COUNTED):  # the exit code tells of the signal that a person sent

@@ -18,9 +18,17 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from cache_schema.errors import CacheError
-from pipeline.cli import EXIT_INCOMPLETE, guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.cli import (
+    EXIT_INCOMPLETE,
+    add_probe_arguments,
+    guarded,
+    probe_folder,
+    recipe_arguments,
+    recipe_of,
+    recipe_parser,
+)
 from pipeline.errors import UserError
-from pipeline.stopping import Stopped, deferred, requested, tell_sessions
+from pipeline.stopping import ANSWERED, Stopped, deferred, requested, tell_sessions
 
 if TYPE_CHECKING:
     from pipeline.fingerprint import Experiment
@@ -139,6 +147,8 @@ def _in_processes(count: int, arguments: Sequence[str]) -> int:
         tell_sessions(signum)
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    above = os.environ.get(ANSWERED)
+    os.environ[ANSWERED] = str(os.getpid())
     handles = "--signals-to-handle=SIGHUP,SIGQUIT"  # not those that `stopping` passes on
     try:
         with deferred("this step is done and saved", tell):
@@ -147,6 +157,9 @@ def _in_processes(count: int, arguments: Sequence[str]) -> int:
         if (signum := requested()) is not None:
             raise Stopped(signum) from None
         return error.get_first_failure()[1].exitcode
+    finally:  # theirs, not ours
+        os.environ.pop(ANSWERED)
+        os.environ.update({} if above is None else {ANSWERED: above})
     return 0
 
 

@@ -76,8 +76,8 @@ def drop_between(checkpoints: Path, save_every: int, before: int) -> None:
         if step < before and step % save_every:
             folder = checkpoints / f"step-{step:06d}"
             with storage_errors(folder, f"removing the checkpoint of step {step}"):
-                (folder / STATE).unlink()  # first: without it there is no checkpoint
-                shutil.rmtree(folder)
+                gone = folder.rename(checkpoints / f"{_TEMPORARY}{folder.name}-{os.getpid()}")  # whole, or not there
+                shutil.rmtree(gone)
 
 
 def load(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import cluster as cluster_module
+from pipeline import stopping
 from pipeline.cluster import Cluster
 from pipeline.errors import RunError
 from pipeline.handout import Handout, Outcome
@@ -96,6 +97,36 @@ def test_all_units_are_done_and_the_workers_ended(run):
     ray = ToyRay()
     (handout,) = run(ray, ToyWorker)
     assert sorted(handout.done) == list(range(8)) and ray.killed == [0, 1]
+
+
+def test_asked_to_stop_it_hands_out_no_more_and_has_written_what_was_begun(run, monkeypatch):
+    monkeypatch.setattr(stopping, "_state", stopping._State())
+    begun, told = [], []
+
+    class Late(ToyWorker):
+        """Tells of a unit with the next one, as stage 1 does."""
+
+        kept = None
+
+        def work(self, unit, ours, extra):
+            begun.append(unit)
+            if len(begun) == 3:
+                stopping.ask()
+            tell, self.kept = self.kept, unit
+            return self.tell(tell)
+
+        def finish(self):
+            tell, self.kept = self.kept, None
+            return self.tell(tell)
+
+        def tell(self, unit):
+            told.extend([] if unit is None else [unit])
+            return [] if unit is None else [Outcome(unit, "done")]
+
+    ray = ToyRay()
+    with pytest.raises(stopping.Stopped):
+        run(ray, Late)
+    assert 3 <= len(begun) <= 4 and sorted(told) == sorted(begun) and ray.killed == [0, 1]
 
 
 def test_where_the_last_worker_is_given_up_and_the_other_has_no_place_it_ends(run):
