@@ -6,12 +6,14 @@ SIGTERM, see `stopping`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_schema.errors import CacheError
-from pipeline.errors import UserError
+from pipeline.errors import RecipeError, UserError
 from pipeline.stopping import Stopped, how_to_go_on, listening
 
 if TYPE_CHECKING:
@@ -61,6 +63,27 @@ def add_executor_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_probe_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--probe N` and `--probe-out`, by which `python -m pipeline plan` has a stage measured."""
+    parser.add_argument("--probe", type=positive, metavar="N", help=what)
+    parser.add_argument("--probe-out", metavar="FOLDER", help="where the findings of --probe go")
+
+
+def probe_folder(args: argparse.Namespace) -> Path:
+    """The folder that `--probe-out` names. Raises RecipeError without it."""
+    if args.probe_out is None:
+        raise RecipeError("--probe: --probe-out <folder> is missing; or let `python -m pipeline plan` do it all")
+    return Path(args.probe_out)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more, as an argument's type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
+
+
 def recipe_of(args: argparse.Namespace) -> "Recipe":
     """The recipe a parsed command line asks for."""
     from pipeline.recipe import load_recipe
@@ -81,6 +104,9 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> int:
     except (UserError, CacheError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as stop:
         if told := how_to_go_on():
             print(told, file=sys.stderr)
