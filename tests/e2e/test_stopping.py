@@ -17,6 +17,7 @@ import zstandard
 from pipeline.recipe import load_recipe
 from pipeline.run_dir import RunDir
 from stage2_student.__main__ import main as train
+from stage2_student.checkpoint import complete_steps, drop_between
 
 ROOT = Path(__file__).parent.parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -77,6 +78,15 @@ def test_stage_1_writes_the_shard_in_work_and_goes_on(tmp_path: Path) -> None:
     assert len(list(shards.glob("*.parquet"))) == len(records(tmp_path)), "what was begun was written, or is not there"
     out = gone_on(said)
     assert "sealed, examples 22 in = 22 written" in out
+
+
+def test_only_what_a_stop_left_behind_is_removed(tmp_path: Path) -> None:
+    for step in (7, 50, 77, 100, 130):
+        (tmp_path / f"step-{step:06d}").mkdir()
+        (tmp_path / f"step-{step:06d}" / "state.json").touch()
+    drop_between(tmp_path, save_every=50, before=100)
+    assert complete_steps(tmp_path) == [50, 100, 130]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.slow
