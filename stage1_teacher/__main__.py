@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cache_schema.errors import IncompleteCache, NotACache
-from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.cli import (
+    EXIT_INCOMPLETE,
+    add_executor_argument,
+    add_probe_arguments,
+    guarded,
+    probe_folder,
+    recipe_arguments,
+    recipe_of,
+    recipe_parser,
+)
 
 if TYPE_CHECKING:
     from cache_schema.manifest import Manifest
@@ -40,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard", type=int, action="append", metavar="N", help="this shard alone; may be given often (all)"
     )
+    add_probe_arguments(parser, "run so many examples alone and say what they cost: what `pipeline plan` asks for")
+    parser.add_argument("--probe-dry", action="store_true", help="with --probe: count tokens, load no model")
     return parser
 
 
@@ -51,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipeline.fingerprint import Experiment
 
     experiment = Experiment(recipe)
+    if args.probe is not None:
+        from stage1_teacher.probe import probe
+
+        probe(experiment, args.probe, probe_folder(args), args.probe_dry)
+        return 0
     try:
         reader = experiment.open_cache()
     except (NotACache, IncompleteCache):

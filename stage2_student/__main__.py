@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--alignment", action="store_true", help="only print the share of answer positions that have a teacher, by task"
     )
+    add_probe_arguments(parser, "time so many steps of each arm and save nothing: what `pipeline plan` asks for")
     return parser
 
 
@@ -65,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from stage2_student.arms import plan
 
     experiment = Experiment(recipe)
+    if args.probe is not None:
+        from stage2_student.probe import probe
+
+        probe(experiment, _joined(recipe), args.probe, probe_folder(args), args.student)
+        return 0
     if args.alignment:
         _report_alignment(experiment, args.student)
         return 0
