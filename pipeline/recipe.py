@@ -84,8 +84,8 @@ class Recipe(Section):
                 f"arms.{name}: logit_mse and kl need a student with the teacher's tokenizer, and no student here is an "
                 "encoder-decoder; use uld"
             )
-        for loss in ("logit_mse", "uld"):
-            if getattr(arm, loss) > 0 and self.cache.selector == "sampled":
+        for loss in arm.need_largest:
+            if self.cache.selector == "sampled":
                 raise ValueError(
                     f"arms.{name}: {loss} needs the teacher's largest logits, but cache.selector is sampled, which "
                     "keeps drawn ones; use kl, or set cache.selector=topk (which makes another cache)"
@@ -165,7 +165,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise RecipeError(f"recipe {path}: the file {what}. The built-in ones: python -m pipeline recipes")
-    tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
     for override in overrides:
@@ -199,7 +199,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """A text as recipes are read: 1e-4 is a number. Raises RecipeError that begins with `where`."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -228,7 +229,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise RecipeError(f"--set {override}: '{'.'.join(parents[:depth])}' is a value, not a section")
         node = child
-    node[last] = _parse(text, f"--set {override}")
+    node[last] = parse_yaml(text, f"--set {override}")
 
 
 def _describe(problem: Any) -> str:

@@ -4,7 +4,7 @@
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -153,6 +153,24 @@ class Train(Section):
     )
 
 
+class Needs(NamedTuple):
+    """What a loss reads of the cache beyond its text."""
+
+    teacher: bool = True  # rows of the teacher at all
+    ids: bool = False  # their token ids: the student must have the teacher's tokenizer, the cache must store them
+    largest: bool = False  # the largest logits, so drawn ones will not do
+    temperature: bool = False  # `temperature` divides logits
+
+
+LOSSES = {
+    "ce": Needs(teacher=False),
+    "logit_mse": Needs(ids=True, largest=True),
+    "kl": Needs(ids=True, temperature=True),
+    "uld": Needs(largest=True, temperature=True),
+}
+"""Every loss component by its key in an arm. The formulas are stage 2's (stage2_student/NEW_LOSS.md)."""
+
+
 class Arm(Section):
     """One way to train the student: weights of the loss components; those left out are zero."""
 
@@ -167,24 +185,34 @@ class Arm(Section):
 
     @model_validator(mode="after")
     def _some_loss(self) -> "Arm":
-        if not self.ce + self.logit_mse + self.kl + self.uld > 0:
+        if not self.weights:
             raise ValueError("an arm needs a loss with a weight above zero, for example {ce: 1.0}")
         return self
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Loss component -> weight, of those above zero, in the order of `LOSSES`."""
+        return {name: getattr(self, name) for name in LOSSES if getattr(self, name) > 0}
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the cache's numbers are read, or its text alone."""
-        return self.needs_ids or self.uld > 0
+        return any(LOSSES[name].teacher for name in self.weights)
 
     @property
     def needs_ids(self) -> bool:
         """Whether the teacher's token ids are read: the student must share its tokenizer."""
-        return self.logit_mse > 0 or self.kl > 0
+        return any(LOSSES[name].ids for name in self.weights)
+
+    @property
+    def need_largest(self) -> list[str]:
+        """The losses of this arm that take the teacher's largest logits, and no drawn ones."""
+        return [name for name in self.weights if LOSSES[name].largest]
 
     @property
     def has_temperature(self) -> bool:
         """Whether a loss of this arm divides logits by `temperature`."""
-        return self.kl > 0 or self.uld > 0
+        return any(LOSSES[name].temperature for name in self.weights)
 
 
 class Reference(Section):

@@ -117,12 +117,13 @@ def arm_identity(experiment: Experiment, student: StudentPlan, run: ArmRun) -> d
 
 
 def _losses(arm: Arm, train: Train) -> dict[str, Any]:
-    """The weights of an arm's losses and what those above zero depend on; its identity must not name anything else."""
-    chosen: dict[str, Any] = arm.model_dump(mode="json", include={"ce", "logit_mse", "kl"})
+    """The weights of an arm's losses and what those above zero depend on; its identity must not name anything else.
+    The first three are named at zero too, as they always were: another key would be another arm."""
+    chosen: dict[str, Any] = {"ce": arm.ce, "logit_mse": arm.logit_mse, "kl": arm.kl} | arm.weights
     if arm.has_temperature:
         chosen["temperature"] = arm.temperature
     if arm.uld > 0:
-        chosen |= {"uld": arm.uld, "alignment": alignment_of(arm, train), "alignment_version": VERSION}
+        chosen |= {"alignment": alignment_of(arm, train), "alignment_version": VERSION}
     return chosen
 
 

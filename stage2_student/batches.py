@@ -24,7 +24,7 @@ from pipeline.alignment import NONE, Positions, align
 from pipeline.errors import ModelError, RunError
 from pipeline.models import tokenizer_digest
 from pipeline.prompts import Encoded, PromptBuilder
-from pipeline.sections import Alignment, Arm
+from pipeline.sections import LOSSES, Alignment, Arm
 
 G = TypeVar("G", bound=Any)
 
@@ -65,7 +65,7 @@ class Batch:
         counts = {"tokens": int(self.attention_mask_BL.sum()), "ce": len(self.labels_N)}
         if self.teacher is not None:
             usable = int(self.teacher.usable_N.sum())
-            counts |= {"logit_mse": usable, "kl": usable, "uld": usable}
+            counts |= {name: usable for name, needs in LOSSES.items() if needs.teacher}
         return counts
 
 
@@ -199,7 +199,7 @@ def weights(
 
 def _check_selector(reader: CacheReader, arm: Arm) -> None:
     """Raise RunError where a loss would take drawn logits for the largest."""
-    needing = [loss for loss in ("logit_mse", "uld") if getattr(arm, loss) > 0]
+    needing = arm.need_largest
     if reader.manifest.sampled and needing:
         raise RunError(
             f"the cache at {reader.location} keeps drawn ids (selector sampled), but {' and '.join(needing)} of this "

@@ -30,7 +30,7 @@ from pipeline.models import provenance
 from pipeline.progress import progress
 from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
-from pipeline.sections import Arm, Train
+from pipeline.sections import LOSSES, Arm, Train
 from stage2_student import checkpoint, coverage
 from stage2_student.arms import ArmPlan, StudentPlan, alignment_of, claimed
 from stage2_student.batches import Batch, Collator
@@ -40,8 +40,6 @@ from stage2_student.metrics import MetricsLog
 from stage2_student.order import rank_slice, seed_of
 from stage2_student.student import Student
 from stage2_student.usable import Usable, lengths, usable_rows
-
-COMPONENTS = ("ce", "logit_mse", "kl", "uld")
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def take_step(
 
     gradients: see `flat_gradients`. problem: what this process could not do since the last sum; then all raise.
     """
-    weights = {name: getattr(losses, name) for name in COMPONENTS if getattr(losses, name) > 0}
+    weights = losses.weights
 
     # The denominators, over all micro-batches and processes, before any loss is computed.
     valid = global_counts(group, batches, problem)
@@ -273,7 +271,7 @@ def global_counts(group: Group, batches: Sequence[Batch], problem: Exception | N
     """Valid positions of every component, and input tokens, in the whole global batch. Where a process has a problem,
     all raise."""
     local = [batch.counts() for batch in batches]
-    names = ("tokens", *COMPONENTS)
+    names = ("tokens", *LOSSES)
     mine = [int(problem is not None), *(sum(c.get(name, 0) for c in local) for name in names)]
     problems, *counts = group.sum(torch.tensor(mine, device=group.accelerator.device)).tolist()
     if problems:
