@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-NAMES = ("run", "status", "recipes", "show", "export")
+NAMES = ("run", "show", "status", "recipes", "sweep", "export")
 
 
 def modules(names: Sequence[str] = NAMES) -> dict[str, ModuleType]:

@@ -84,7 +84,7 @@ def differences_of(recipe: Recipe, rows: Mapping[str, Runs], name: str, column: 
 
     def to(other: str | None) -> dict[str, Any] | None:
         others = rows.get(other, {}) if other is not None and other != name else {}
-        return _difference(_by_seed(rows[name], others, untouched=name not in recipe.arms), column, other)
+        return difference_of(by_seed(rows[name], others, untouched=name not in recipe.arms), column, other)
 
     made = {"difference": to(reference_arm(recipe))}
     pair = pair_of(recipe)
@@ -93,12 +93,12 @@ def differences_of(recipe: Recipe, rows: Mapping[str, Runs], name: str, column: 
     return made
 
 
-def _by_seed(runs: Runs, others: Runs, untouched: bool) -> list[tuple[Scores, Scores]]:
+def by_seed(runs: Runs, others: Runs, untouched: bool) -> list[tuple[Scores, Scores]]:
     """A row's scores beside those of another row's same seed; a baseline, which has no seeds, beside each of them."""
     return [(runs["" if untouched else seed], other) for seed, other in others.items() if untouched or seed in runs]
 
 
-def _difference(pairs: Sequence[tuple[Scores, Scores]], column: Column, to: str | None) -> dict[str, Any] | None:
+def difference_of(pairs: Sequence[tuple[Scores, Scores]], column: Column, to: str | None) -> dict[str, Any] | None:
     """One row minus another, pair by pair and seed by seed; None where there is nothing to compare with."""
     assert all(scores.ids == other.ids for scores, other in pairs)
     metric, graded = column
@@ -141,7 +141,7 @@ def curve_of(
     rows = []
     for step, scores in steps.items():
         pairs = [(scores, others[step])] if step in others and arm != to else []
-        rows.append({"step": step, **cell_of(scores, column), "difference": _difference(pairs, column, to)})
+        rows.append({"step": step, **cell_of(scores, column), "difference": difference_of(pairs, column, to)})
     adjust(row["difference"] for row in rows)
     return rows
 

@@ -101,11 +101,11 @@ def _main_table(cells: Mapping[str, Any], references: Mapping[str, Any], referen
     rows = []
     for name, row in every.items():
         label = f"{name} ({row['seeds']} seeds)" if row["seeds"] > 1 else name
-        line = [label, _checkpoint(row), f"{row['n']:,}", percent(row["mean"]), _interval(row["interval"])]
+        line = [label, _checkpoint(row), f"{row['n']:,}", percent(row["mean"]), interval_text(row["interval"])]
         if seeds:
             line.append(" ".join(f"{100 * run['mean']:.2f}" for run in row.get("runs", [])))
         if reference:
-            line += [points(row.get("difference")), _p(row.get("difference"), "p")]
+            line += [points(row.get("difference")), p_text(row.get("difference"), "p")]
         line += [_count(row["unparsable"]), _count(row["unfinished"])]
         rows.append([*line, _count(row["too_long"])] if too_long else line)
     return markdown(head, rows)
@@ -134,10 +134,10 @@ def _curve_table(cells: Mapping[str, Any], reference: str | None) -> str:
     for step in sorted({step for of in by_step.values() for step in of}):
         row = [str(step)]
         for of in by_step.values():
-            row.append(f"{percent(of[step]['mean'])} {_interval(of[step]['interval'])}" if step in of else "")
+            row.append(f"{percent(of[step]['mean'])} {interval_text(of[step]['interval'])}" if step in of else "")
         for arm in others:
             found = by_step[arm].get(step, {}).get("difference")
-            row += [points(found), _p(found, "p_holm")]
+            row += [points(found), p_text(found, "p_holm")]
         rows.append(row)
     return markdown(head, rows)
 
@@ -157,7 +157,8 @@ def _held_out_table(scores: Mapping[str, Mapping[str, float]]) -> str:
     return markdown(["step", *scores], rows)
 
 
-def _interval(interval: Sequence[float]) -> str:
+def interval_text(interval: Sequence[float]) -> str:
+    """Both ends in per cent."""
     return f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
 
 
@@ -166,7 +167,8 @@ def _count(value: float) -> str:
     return f"{value:,.1f}".removesuffix(".0")
 
 
-def _p(found: Mapping[str, Any] | None, key: str) -> str:
+def p_text(found: Mapping[str, Any] | None, key: str) -> str:
+    """A p-value of a difference, `p` or `p_holm`; nothing where there is none."""
     if found is None:
         return ""
     if found[key] < 1e-99:
