@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.cli import examples, guarded
+from pipeline.cli import examples, guarded, parsed
 from pipeline.commands import modules
+from pipeline.output import add_output_arguments
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,13 +18,14 @@ def parser() -> argparse.ArgumentParser:
         about = (module.__doc__ or "").partition(": ")[2]
         command = commands.add_parser(name, help=module.HELP, description=about, **examples(module.EXAMPLES))
         module.add_arguments(command)
+        add_output_arguments(command)
         command.set_defaults(run=module.run)
     return door
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to a sub-command."""
-    args = parser().parse_args(argv)
+    args = parsed(parser(), argv)
     code: int = args.run(args)
     return code
 

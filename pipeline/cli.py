@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_schema.errors import CacheError
+from pipeline import output
 from pipeline.errors import RecipeError, UserError
 from pipeline.stopping import Stopped, how_to_go_on, listening
 
@@ -30,9 +31,11 @@ def examples(lines: Sequence[str]) -> dict[str, Any]:
 
 
 def recipe_parser(prog: str, description: str, shown: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """A parser that knows `--recipe NAME-or-FILE` and any number of `--set key=value`. shown: its examples."""
+    """A parser that knows `--recipe NAME-or-FILE`, any number of `--set key=value`, `--quiet` and `--json`. shown: its
+    examples."""
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description, **examples(shown))
     add_recipe_arguments(parser)
+    output.add_output_arguments(parser)
     return parser
 
 
@@ -96,18 +99,30 @@ def recipe_arguments(args: argparse.Namespace) -> list[str]:
     return ["--recipe", args.recipe, *(part for override in args.overrides for part in ("--set", override))]
 
 
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, taken; from here on the command speaks as it asks, see `output`."""
+    args = parser.parse_args(argv)
+    output.choose(args)
+    return args
+
+
 def guarded(main: Callable[[Sequence[str] | None], int]) -> int:
     """Run a command line's main: users' mistakes end on stderr with exit code 2, signals as `stopping` says."""
-    try:
-        with listening():
-            return main(None)
-    except (UserError, CacheError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt as stop:
-        if told := how_to_go_on():
-            print(told, file=sys.stderr)
-        return stop.code if isinstance(stop, Stopped) else 130
+    with output.whole():
+        try:
+            with listening():
+                code = main(None)
+            output.finish(code)
+        except (UserError, CacheError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = EXIT_USER_ERROR
+            output.finish(code, str(error))
+        except BrokenPipeError:  # `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output.stdout().fileno())
+            code = 0
+        except KeyboardInterrupt as stop:
+            told = how_to_go_on()
+            print(told, end="\n" if told else "", file=sys.stderr)
+            code = stop.code if isinstance(stop, Stopped) else 130
+            output.finish(code, told or "stopped")
+    return code

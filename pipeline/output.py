@@ -44,12 +44,14 @@ class _Said(io.TextIOBase):
 
 
 class _State:
-    """Of this process. stdout: the real one, None where nothing stands in its place. result: None before it is told."""
+    """Of this process. stdout: the real one, None where nothing stands in its place. result: for machines. told: to
+    people."""
 
     mode, command = PLAIN, ""
     stdout: TextIO | None = None
     said: _Said | None = None
     result: dict[str, Any] | None = None
+    told = False
 
 
 _state = _State()
@@ -93,13 +95,23 @@ def event(name: str, **fields: Any) -> None:
 
 
 def result(text: str, **fields: Any) -> None:
-    """What the command was called for: `text` for people, `fields` for machines. A command that never calls this has
-    all that it prints for its result."""
-    if _state.mode == QUIET and _state.stdout is not None:
-        print(text, file=_state.stdout, flush=True)
-    else:
-        print(text, flush=True)
+    """What the command was called for: `text` for people, `fields` for machines, or the text where there are none.
+
+    A command that never tells a result has all that it prints for one.
+    """
+    print(text, file=_state.stdout if _state.mode == QUIET else None, flush=True)
+    _state.told = True
+    facts(**(fields or {"text": text}))
+
+
+def facts(**fields: Any) -> None:
+    """More of the result, for machines alone."""
     _state.result = (_state.result or {}) | fields
+
+
+def stdout() -> TextIO:
+    """The real one, whatever stands in its place."""
+    return _state.stdout or sys.stdout
 
 
 @contextmanager
@@ -110,7 +122,7 @@ def whole() -> Iterator[None]:
     finally:
         if _state.stdout is not None:
             sys.stdout = _state.stdout
-        _state.mode, _state.stdout, _state.said, _state.result = PLAIN, None, None, None
+        _state.mode, _state.stdout, _state.said, _state.result, _state.told = PLAIN, None, None, None, False
 
 
 def finish(code: int, error: str | None = None) -> None:
@@ -119,6 +131,6 @@ def finish(code: int, error: str | None = None) -> None:
     if _state.mode == JSON:
         fields = _state.result if _state.result is not None else {"text": said} if error is None else {}
         event("result", exit_code=code, **fields, **({} if error is None else {"error": error}))
-    elif _state.mode == QUIET and _state.stdout is not None and _state.result is None and error is None:
+    elif _state.mode == QUIET and _state.stdout is not None and not _state.told and code == 0:
         _state.stdout.write(said)
         _state.stdout.flush()

@@ -19,11 +19,13 @@ from pipeline.cli import (
     add_executor_argument,
     add_probe_arguments,
     guarded,
+    parsed,
     probe_folder,
     recipe_arguments,
     recipe_of,
     recipe_parser,
 )
+from pipeline.output import facts, result
 
 if TYPE_CHECKING:
     from cache_schema.manifest import Manifest
@@ -56,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, and say at once if there is nothing to do: only then is a model loaded."""
-    args = parser().parse_args(argv)
+    args = parsed(parser(), argv)
     recipe = recipe_of(args)
 
     from pipeline.fingerprint import Experiment
@@ -73,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pass
     else:
         _asked([], args.shard, reader.manifest.shards)
-        print(f"cache {experiment.cache_dir}: complete, {_summary(reader)}; the teacher is not loaded")
-        print(_by_task(experiment, reader))
+        _say_complete(experiment, reader, "complete", "; the teacher is not loaded")
         return 0
     return fill(experiment, ["stage1_teacher", *recipe_arguments(args)], args.shard)
 
@@ -84,6 +85,7 @@ def fill(experiment: "Experiment", command: Sequence[str], shards: Sequence[int]
     from cache_schema.writer import CacheWriter
     from pipeline.handout import Handout
     from pipeline.progress import progress
+    from pipeline.stopping import requested
     from stage1_teacher.plan import planned
 
     examples = experiment.training_set.cached
@@ -106,21 +108,37 @@ def fill(experiment: "Experiment", command: Sequence[str], shards: Sequence[int]
             try:
                 _capture(experiment, command, writer, handout, bar)
             finally:
-                for line in handout.report("shard {}".format):
-                    print(line, file=sys.stderr)
+                if handout.failures or requested() is None:  # asked to stop, that much was not tried is no news
+                    for line in handout.report("shard {}".format):
+                        print(line, file=sys.stderr)
     left = _asked(writer.missing(), shards, manifest.shards)
     if left:
         _say_missing(left, manifest, command)
         return EXIT_INCOMPLETE
     others = writer.missing()
     if others:
-        print(f"the shards asked for are there; {len(others)} others of {manifest.shards} are missing")
+        said = f"the shards asked for are there; {len(others)} others of {manifest.shards} are missing"
+        result(said, cache=str(experiment.cache_dir), shards=manifest.shards, missing=list(others), sealed=False)
         return 0
     writer.seal()
     reader = experiment.open_cache()
-    print(f"cache {experiment.cache_dir}: sealed, {_summary(reader)}")
-    print(_by_task(experiment, reader))
+    _say_complete(experiment, reader, "sealed")
     return 0
+
+
+def _say_complete(experiment: "Experiment", reader: "CacheReader", state: str, note: str = "") -> None:
+    from dataclasses import asdict
+
+    result(
+        f"cache {experiment.cache_dir}: {state}, {_summary(reader)}{note}",
+        cache=str(experiment.cache_dir),
+        fingerprint=reader.manifest.fingerprint,
+        shards=reader.manifest.shards,
+        missing=[],
+        sealed=True,
+        **asdict(reader.totals()),
+    )
+    print(_by_task(experiment, reader))
 
 
 def _alone(experiment: "Experiment") -> None:
@@ -179,6 +197,7 @@ def _spread(missing: Sequence[int]) -> list[int]:
 
 def _say_missing(left: Sequence[int], manifest: "Manifest", command: Sequence[str]) -> None:
     """Which shards are missing at the end, and the command that tries just these."""
+    facts(shards=manifest.shards, missing=list(left), sealed=False)
     module, *arguments = command
     again = ["python", "-m", module, *arguments]
     if len(left) <= 50:  # else the command without --shard is as good

@@ -22,17 +22,20 @@ from pipeline.cli import (
     EXIT_INCOMPLETE,
     add_probe_arguments,
     guarded,
+    parsed,
     probe_folder,
     recipe_arguments,
     recipe_of,
     recipe_parser,
 )
 from pipeline.errors import UserError
+from pipeline.output import facts, result
 from pipeline.stopping import ANSWERED, Stopped, deferred, requested, tell_sessions
 
 if TYPE_CHECKING:
     from pipeline.fingerprint import Experiment
     from pipeline.recipe import Recipe
+    from stage2_student.arms import ArmPlan
     from stage2_student.group import Group
     from stage2_student.train import Failed
 
@@ -59,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Find what is left to do, then train it. The teacher is never loaded; models are, only if something is left."""
-    args = parser().parse_args(argv)
+    args = parsed(parser(), argv)
     recipe = recipe_of(args)
 
     from pipeline.fingerprint import Experiment
@@ -85,13 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (group is None or group.main) and not (left and several):
         for arm in arms:
             state = "done" if arm not in left else f"to go on from step {arm.done}" if arm.done else "to be trained"
-            print(f"{arm.label}: {state} ({recipe.train.steps} steps) {arm.folder.root}", flush=True)
+            say = print if left else result
+            say(f"{arm.label}: {state} ({recipe.train.steps} steps) {arm.folder.root}")
     if not left:
+        _say_trained(arms, recipe.train.steps)
         return 0
     reader = reader or experiment.open_cache()
     if several:
         chosen = [part for name in ("student", "arm") if (v := getattr(args, name)) for part in (f"--{name}", v)]
-        return _in_processes(recipe.runtime.processes, [*recipe_arguments(args), *chosen])
+        code = _in_processes(recipe.runtime.processes, [*recipe_arguments(args), *chosen])
+        _say_trained(arms, recipe.train.steps)
+        return code
 
     from stage2_student.train import train
 
@@ -99,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = train(recipe, reader, left, group)
     if failed and len(arms) == group.ranks == 1 and isinstance(failed[0].error, UserError | CacheError):
         raise failed[0].error  # it concerns all that was asked for
+    if group.main:
+        _say_trained(arms, recipe.train.steps, left)
     if failed and group.main:
         print(_failures(failed, len(left), recipe_arguments(args)), file=sys.stderr, flush=True)
     return EXIT_INCOMPLETE if failed else 0
@@ -109,6 +118,16 @@ def _joined(recipe: "Recipe") -> "Group":
     from stage2_student.group import Group
 
     return Group.join(cpu=device_of(recipe).type == "cpu")
+
+
+def _say_trained(arms: "Sequence[ArmPlan]", steps: int, trained: "Sequence[ArmPlan]" = ()) -> None:
+    """How far each arm is, for machines; and those that were trained now, for people."""
+    from stage2_student.arms import newest
+
+    at = {arm.label: {"step": newest(arm.folder), "steps": steps, "folder": str(arm.folder.root)} for arm in arms}
+    for arm in trained:
+        result(f"{arm.label}: {at[arm.label]['step']} of {steps} steps are trained; {arm.folder.root}", arms=at)
+    facts(arms=at)
 
 
 def _failures(failed: "Sequence[Failed]", asked: int, arguments: Sequence[str]) -> str:
@@ -138,7 +157,7 @@ def _report_alignment(experiment: "Experiment", student: str | None) -> None:
             covered[plan.name] = coverage.measure(reader, plan.prompts, bar.advance)
         path = RunDir.of(experiment.recipe).alignment(plan.name)
         coverage.save(path, covered[plan.name], reader, plan.prompts)
-    print(coverage.table(covered))
+    result(coverage.table(covered))
 
 
 def _in_processes(count: int, arguments: Sequence[str]) -> int:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.cli import guarded, parsed, recipe_arguments, recipe_of, recipe_parser
 from pipeline.commands.export import EXAMPLES, add_export_arguments
 from pipeline.errors import RecipeError, RunError, UserError, first_line, unknown_name
+from pipeline.output import result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Find the checkpoint, write the folder, upload it if asked to."""
     parser = recipe_parser("stage2_student.export", "Hand a trained student over.", EXAMPLES[:3])
     add_export_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     recipe = recipe_of(args)
     from pipeline.fingerprint import Experiment
     from pipeline.handover import check_empty, push
@@ -74,11 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "else can load; add --merge, or --base OWNER/NAME if the Hub has it"
             )
     write(experiment, report, arm, step, to, base, recipe_arguments(args), merge=args.merge, load_from=args.push)
-    print(f"{'model' if args.merge else 'adapter'}  {arm.label}@{step}: {to}")
+    kind = "model" if args.merge else "adapter"
+    result(f"{kind}  {arm.label}@{step}: {to}", kind=kind, checkpoint=f"{arm.label}@{step}", folder=str(to))
     if not args.merge and Path(base).is_absolute():
         print(f"         its base model is {base}, a folder of this machine; for others: --merge, or --base OWNER/NAME")
     if args.push:
-        print(f"uploaded {push(to, args.push, private=args.private)}")
+        uploaded = push(to, args.push, private=args.private)
+        result(f"uploaded {uploaded}", uploaded=uploaded)
     return 0
 
 

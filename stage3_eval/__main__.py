@@ -14,7 +14,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, guarded, recipe_arguments, recipe_of, recipe_parser
+from pipeline.cli import (
+    EXIT_INCOMPLETE,
+    add_executor_argument,
+    guarded,
+    parsed,
+    recipe_arguments,
+    recipe_of,
+    recipe_parser,
+)
+from pipeline.output import facts, result
 
 if TYPE_CHECKING:
     from pipeline.handout import Unit
@@ -46,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate what is missing, score everything, write the report, and print its table."""
-    args = parser().parse_args(argv)
+    args = parsed(parser(), argv)
     recipe = recipe_of(args)
 
     from pipeline.errors import RunError, unknown_name
@@ -68,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = ["stage3_eval", *arguments, *(["--rescore"] if args.rescore else [])]
         inside = look_inside(recipe, blocks.scored, evaluated, args.rescore)
         table, files = write_report(recipe, blocks.scored, evaluated, command, inside)
-        print(f"\n{table}")
+        result(f"\n{table}", files=[str(path) for path in files])
         for path in files:
             print(f"{'picture' if path.suffix == '.png' else 'report '}  {path}")
         print(f"done in {time.monotonic() - started:.0f} s")
@@ -105,6 +114,7 @@ def _evaluated(
 def _say_missing(evaluated: "Sequence[Evaluated]", arguments: Sequence[str]) -> int:
     """What was left out and why, and the command that tries just these again; the exit code."""
     missing = [f"{model.name}/{name}: {why}" for model in evaluated for name, why in model.missing.items()]
+    facts(missing=missing)
     if not missing:
         return 0
     lines = [f"{len(missing)} conditions are missing in the report; all that was generated is kept:", *missing]

@@ -6,12 +6,13 @@ over anything. Stage 2 does it, in a process of its own; the cache needs no mode
 
 import argparse
 import shlex
-import subprocess
 from pathlib import Path
 
 from pipeline.cli import add_recipe_arguments, recipe_arguments, recipe_of
 from pipeline.errors import RecipeError, RunError
+from pipeline.output import result
 from pipeline.stages import stage_command
+from pipeline.stopping import run_child
 
 HELP = "a student or the cache as a folder that others load, with its card"
 EXAMPLES = (
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         python = stage_command("stage2_student", recipe, ())[0]
         command = [python, "-m", "stage2_student.export", *recipe_arguments(args), *export_arguments(args)]
         try:
-            return subprocess.run(command, check=False).returncode
+            return run_child(command)
         except OSError as error:
             raise RunError(
                 f"runtime.python.stage2_student: expected a Python interpreter, found {python}: {error.strerror}"
@@ -71,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
     to = Path(args.to).expanduser().absolute()
     export_cache(recipe, to, args.push or str(to))
-    print(f"cache    {to}\n         to check it: {shlex.join(['python', '-m', 'cache_schema', 'verify', str(to)])}")
+    check = shlex.join(["python", "-m", "cache_schema", "verify", str(to)])
+    result(f"cache    {to}\n         to check it: {check}", kind="cache", folder=str(to))
     if args.push:
-        print(f"uploaded {push(to, args.push, kind='dataset', private=args.private)}")
+        uploaded = push(to, args.push, kind="dataset", private=args.private)
+        result(f"uploaded {uploaded}", uploaded=uploaded)
     return 0

@@ -2,6 +2,8 @@
 
 import argparse
 
+from pipeline.output import facts
+
 HELP = "the recipes that come with the project"
 EXAMPLES = ("python -m pipeline recipes",)
 
@@ -14,7 +16,10 @@ def run(args: argparse.Namespace) -> int:
     """Print each with the first line of its file."""
     from pipeline.recipe import RECIPES_DIR, recipe_names
 
+    found = {}
     for name in recipe_names():
         first = (RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
-        print(f"{name:<16} {first.removeprefix('#').strip()}")
+        found[name] = first.removeprefix("#").strip()
+        print(f"{name:<16} {found[name]}")
+    facts(recipes=found)
     return 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, add_recipe_arguments, recipe_arguments, recipe_of
 from pipeline.errors import RunError
+from pipeline.output import facts, result
 from pipeline.stages import STAGES, stage_command
 from pipeline.stopping import run_child
 
@@ -55,9 +56,12 @@ def run(args: argparse.Namespace) -> int:
         if code and not (stage == "stage2_student" and code == EXIT_INCOMPLETE):  # the arms that are trained are scored
             resume = shlex.join(["python", "-m", "pipeline", "run", *recipe_arguments(args)])
             print(f"\nstage {number} stopped with exit code {code}; to resume: {resume}", file=sys.stderr)
+            facts(stopped_at=stage, run_dir=str(run_dir.root), resume=resume)
             return code
         print(f"=== stage {number} took {time.monotonic() - before:.0f} s", flush=True)
-    print(f"\nall three stages took {time.monotonic() - started:.0f} s; run folder: {run_dir.root}")
+    seconds = time.monotonic() - started
+    said = f"\nall three stages took {seconds:.0f} s; run folder: {run_dir.root}"
+    result(said, run_dir=str(run_dir.root), seconds=seconds, incomplete=incomplete)
     if incomplete:
         print("something is missing, see above; the same command tries it again", file=sys.stderr)
     return EXIT_INCOMPLETE if incomplete else 0

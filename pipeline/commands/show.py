@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import add_recipe_arguments, recipe_of
 from pipeline.errors import RecipeError, unknown_name
+from pipeline.output import facts
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -30,10 +31,13 @@ def run(args: argparse.Namespace) -> int:
     if args.keys:
         from pipeline.recipe import describe_keys
 
-        for key, kind, default, meaning in describe_keys():
+        keys = describe_keys()
+        for key, kind, default, meaning in keys:
             print(f"{key:<32} {kind}\n{'':<8}default {default}. {meaning}")
+        facts(keys=[dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in keys])
         return 0
     recipe = recipe_of(args)
+    facts(recipe=recipe.model_dump(mode="json"))
     if args.field is None:
         import yaml
 
@@ -41,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
             yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120, default_flow_style=None), end=""
         )
         return 0
-    print(_field(recipe, args.field))
+    value = _field(recipe, args.field)
+    print(value)
+    facts(field=args.field, value=value)
     return 0
 
 
