@@ -67,12 +67,13 @@ class ShardWorker:
                 self._renew(shard)
                 report()
 
-            planned = self.writer.manifest.examples_of(shard)
+            planned, started = self.writer.manifest.examples_of(shard), time.monotonic()
             rows, quarantined = self.capture.shard([self.examples[i] for i in planned], renew)
+            took = {"seconds": round(time.monotonic() - started, 3)}  # of this shard, without loading the teacher
         except Exception as error:
             return [self._failed(shard, error)]
         outcomes = self.finish()
-        provenance = self._provenance | self.capture.teacher.provenance
+        provenance = self._provenance | self.capture.teacher.provenance | took
         self._writing = shard, self._pool.submit(self.writer.commit, shard, rows, quarantined, provenance)
         return outcomes
 
