@@ -34,7 +34,7 @@ stage2: install ## training from the cache only
 stage3: install ## generating, scoring and reporting only
 	$(BIN)/python -m stage3_eval $(ARGS)
 
-report: install ## scores, table and pictures again, from the predictions that are there
+report: install ## the page report.html, scores, table and pictures again, from the predictions that are there
 	$(BIN)/python -m stage3_eval $(ARGS) --rescore
 
 status: install ## what of RECIPE is there already
