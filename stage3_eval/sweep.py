@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import EXIT_INCOMPLETE, guarded, recipe_parser
+from pipeline.cli import EXIT_INCOMPLETE, guarded, parsed, recipe_parser
 from pipeline.commands.sweep import add_sweep_arguments
+from pipeline.output import result
 
 if TYPE_CHECKING:
     from pipeline.sweep import Point
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score all points' predictions, compare them, write the comparison and print it."""
-    args = parser().parse_args(argv)
+    args = parsed(parser(), argv)
 
     from cache_schema.atomic import publish
     from pipeline.errors import RunError
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         publish(folder / JSON, (json.dumps(comparison, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise RunError(f"{folder}: the comparison cannot be written: {error.strerror or error}") from None
-    print(f"\n{text}\nreport   {folder / TABLE}\nreport   {folder / JSON}")
+    result(f"\n{text}", files=[str(folder / name) for name in (TABLE, JSON)])
+    print(f"report   {folder / TABLE}\nreport   {folder / JSON}")
     return EXIT_INCOMPLETE if any(of["missing"] for of in listed) else 0
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, add_recipe_arguments, recipe_arguments
 from pipeline.errors import RecipeError, RunError, UserError
+from pipeline.output import QUIET, mode, result
 from pipeline.stages import STAGES, stage_command
 from pipeline.stopping import deferred, run_child
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         if code:
             print(f"\nstage 1 stopped with exit code {code}; no point was run", file=sys.stderr)
             return code
-    failed = _run_points(found, left, args.jobs)
+    failed = _run_points(found, left, args.jobs, args.jobs > 1 or mode() == QUIET)
     swept = [part for name in ("over", "against") for text in getattr(args, name) for part in (f"--{name}", text)]
     python = stage_command("stage3_eval", found[0].recipe, ())[0]
     print("\n=== comparison", flush=True)
@@ -85,6 +86,13 @@ def run(args: argparse.Namespace) -> int:
             again = shlex.join(["python", "-m", "pipeline", "run", *found[number].arguments])
             lines.append(f"  {found[number].label}: {why}\n    {again}")
         print("\n".join([*lines, "the same sweep command tries them all again"]), file=sys.stderr)
+    folder = found[0].run_dir.root.parent
+    result(
+        f"{len(found) - len(failed)} of {len(found)} points are finished; folder: {folder}",
+        folder=str(folder),
+        points={point.label: str(point.run_dir.root) for point in found},
+        failed={found[number].label: why for number, why in failed.items()},
+    )
     return compared or (EXIT_INCOMPLETE if failed else 0)
 
 
@@ -109,8 +117,11 @@ def _settings(tree: object) -> object:
     return {key: value for key, value in tree.items() if key not in ("runtime", "run_dir", "train")} | {"train": train}
 
 
-def _run_points(found: "Sequence[Point]", left: Sequence[int], jobs: int) -> dict[int, str]:
-    """Run points, so many at once, each once those that it takes something from are done; point -> why it failed."""
+def _run_points(found: "Sequence[Point]", left: Sequence[int], jobs: int, to_a_log: bool) -> dict[int, str]:
+    """Run points, so many at once, each once those that it takes something from are done; point -> why it failed.
+
+    to_a_log: what their stages print goes to a file of each point.
+    """
     from pipeline.sweep import sources
 
     taken, failed = sources(found), {}
@@ -124,7 +135,7 @@ def _run_points(found: "Sequence[Point]", left: Sequence[int], jobs: int) -> dic
             for number in [n for n in waiting if not unfinished & set(taken[n].values())][: jobs - len(running)]:
                 waiting.remove(number)
                 print(f"\n=== point {number + 1} of {len(found)}: {found[number].label}", flush=True)
-                running[pool.submit(_run_point, found, number, taken[number], jobs > 1)] = number
+                running[pool.submit(_run_point, found, number, taken[number], to_a_log)] = number
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 number = running.pop(done)
                 if why := done.result():
@@ -133,7 +144,7 @@ def _run_points(found: "Sequence[Point]", left: Sequence[int], jobs: int) -> dic
 
 
 def _run_point(found: "Sequence[Point]", number: int, taken: dict[tuple[str, ...], int], to_a_log: bool) -> str:
-    """Stages 2 and 3 of one point; why it is not finished, or nothing. to_a_log: its output goes to a file."""
+    """Stages 2 and 3 of one point; why it is not finished, or nothing."""
     from pipeline.commands.run import remember
     from pipeline.reuse import take
 
