@@ -110,6 +110,7 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> int:
     """Run a command line's main: users' mistakes end on stderr with exit code 2, signals as `stopping` says."""
     with output.whole():
         try:
+            output.choose(argparse.Namespace())  # as a parent does, until the command line says otherwise
             with listening():
                 code = main(None)
             output.finish(code)

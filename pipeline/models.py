@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ModelError, first_line
 from pipeline.model_folder import check_model
+from pipeline.progress import waiting
 from pipeline.recipe import Recipe
 
 EMBEDDED_DIR = Path(__file__).parent / "pocket" / "weights"
@@ -211,14 +212,15 @@ def _load(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its doubts about ties; what matters of its report is an error below
     try:
-        model, report = auto_class.from_pretrained(
-            source.location,
-            revision=source.revision,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        with waiting(f"loading {source.location}"):
+            model, report = auto_class.from_pretrained(
+                source.location,
+                revision=source.revision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # as above
         raise ModelError(f"model {source.location}: it cannot be loaded as {what}: {first_line(error)}") from None
     finally:

@@ -76,7 +76,8 @@ def choose(args: argparse.Namespace) -> None:
     _state.command = " ".join(filter(None, (name, getattr(args, "command", None))))
     _state.mode = asked if asked in (QUIET, JSON) else PLAIN
     os.environ[VARIABLE] = _state.mode
-    if _state.mode != PLAIN and _state.stdout is None:
+    sys.stdout, _state.stdout = _state.stdout or sys.stdout, None
+    if _state.mode != PLAIN:
         _state.stdout, _state.said = sys.stdout, _Said(sys.stderr if _state.mode == JSON else None)
         sys.stdout = _state.said
 
@@ -117,9 +118,12 @@ def stdout() -> TextIO:
 @contextmanager
 def whole() -> Iterator[None]:
     """Around a command: what `choose` changes is changed back at the end."""
+    above = os.environ.get(VARIABLE)
     try:
         yield
     finally:
+        os.environ.pop(VARIABLE, None)
+        os.environ.update({} if above is None else {VARIABLE: above})
         if _state.stdout is not None:
             sys.stdout = _state.stdout
         _state.mode, _state.stdout, _state.said, _state.result, _state.told = PLAIN, None, None, None, False

@@ -5,7 +5,8 @@
     with waiting("loading the model"):
 
 A terminal gets a bar that is redrawn (by rich), a log file a whole line every 10 s, `--json` an object a second and
-`--quiet` nothing. Of torchrun's processes the first one alone draws.
+`--quiet` nothing. Of torchrun's processes the first one alone draws. A loop inside another has its bar below that
+one's, and no lines in a log unless it lasts.
 """
 
 import os
@@ -119,6 +120,10 @@ def waiting(label: str) -> Iterator[None]:
     """What lasts and has no parts to count: a spinner; in a log a line, if it lasts."""
     first = os.environ.get("RANK", "0") == "0"
     if output.mode() == output.PLAIN and sys.stdout.isatty() and first:
+        if _Bar.outer is not None:
+            with _Bar.outer.task(f"{label} ..."):
+                yield
+            return
         from rich.console import Console
         from rich.text import Text
 
@@ -182,7 +187,7 @@ class _Sometimes:
     every_s: float
 
     def __init__(self, bar: Progress) -> None:
-        self.bar = bar
+        self.bar, self.lines = bar, 0
         self._told: tuple[float, int] | None = None
 
     def tell(self, note: str) -> None:
@@ -201,11 +206,25 @@ class _Sometimes:
 
     def _tell(self, note: str) -> None:
         self._told = time.monotonic(), self.bar.n
+        self.lines += 1
         self.tell(note)
 
 
 class _Lines(_Sometimes):
     every_s = _LINE_EVERY_S
+    open = 0  # bars, one inside the other
+
+    def begin(self) -> None:
+        if _Lines.open == 0:
+            super().begin()
+        else:
+            self._told = time.monotonic(), self.bar.n
+        _Lines.open += 1
+
+    def end(self, note: str) -> None:
+        _Lines.open -= 1
+        if _Lines.open == 0 or self.lines:
+            super().end(note)
 
     def tell(self, note: str) -> None:
         pace = self.bar.pace
@@ -227,21 +246,19 @@ class _Events(_Sometimes):
 class _Bar:
     """A line that is redrawn ten times a second at most; what is printed meanwhile stands above it."""
 
-    def __init__(self, bar: Progress) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Rich
-        from rich.table import Column
+    outer: "_Bar | None" = None
 
+    def __init__(self, bar: Progress) -> None:
         self._bar = bar
-        rest = TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True))
-        texts = ("{task.description}", "{task.percentage:>3.0f}%")
-        label, share = (TextColumn(text, markup=False, table_column=Column(no_wrap=True)) for text in texts)
-        self._rich = Rich(label, BarColumn(20), share, rest, console=Console(file=sys.stdout), expand=True)
-        self._task = self._rich.add_task(bar.label, total=bar.pace.total, completed=bar.n, note="")
+        self._rich: Any = None
+        self._task: Any = None
 
     def begin(self) -> None:
-        self._rich.start()
+        self._rich = _rich_bars() if _Bar.outer is None else _Bar.outer._rich
+        self._task = self._rich.add_task(self._bar.label, total=self._bar.pace.total, completed=self._bar.n, note="")
+        if _Bar.outer is None:
+            _Bar.outer = self
+            self._rich.start()
 
     def update(self, note: str) -> None:
         pace, unit = self._bar.pace, self._bar.unit
@@ -251,4 +268,28 @@ class _Bar:
 
     def end(self, note: str) -> None:
         self.update(note)
-        self._rich.stop()
+        if _Bar.outer is self:
+            _Bar.outer = None
+            self._rich.stop()
+        else:
+            self._rich.remove_task(self._task)
+
+    @contextmanager
+    def task(self, label: str) -> Iterator[None]:
+        """A line below, of something that has no parts to count."""
+        task = self._rich.add_task(label, total=None, note="")
+        try:
+            yield
+        finally:
+            self._rich.remove_task(task)
+
+
+def _rich_bars() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    rest = TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True))
+    texts = ("{task.description}", "{task.percentage:>3.0f}%")
+    label, share = (TextColumn(text, markup=False, table_column=Column(no_wrap=True)) for text in texts)
+    return Progress(label, BarColumn(20), share, rest, console=Console(file=sys.stdout), expand=True)

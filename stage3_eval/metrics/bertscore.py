@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ModelError, RunError
+from pipeline.progress import progress
 from pipeline.sections import Metrics
 from pipeline.tasks import Example
 from stage3_eval.compare import Measured
@@ -95,12 +96,14 @@ def _f1(pairs: Sequence[tuple[str, str]], settings: Metrics) -> list[float]:
     weights: dict[int, float] = defaultdict(lambda: 1.0, {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0})
     texts = sorted({text for pair in pairs for text in pair}, key=lambda text: (len(text), text))
     embedded: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    for start in range(0, len(texts), _BATCH):
-        batch = texts[start : start + _BATCH]
-        vectors_BLH, mask_BL, weights_BL = get_bert_embedding(batch, model, tokenizer, weights, device=model.device)
-        for i, text in enumerate(batch):
-            n = int(mask_BL[i].sum())
-            embedded[text] = (vectors_BLH[i, :n].cpu(), mask_BL[i, :n].cpu(), weights_BL[i, :n])
+    with progress("BERTScore", len(texts), "texts") as bar:
+        for start in range(0, len(texts), _BATCH):
+            batch = texts[start : start + _BATCH]
+            vectors_BLH, mask_BL, weights_BL = get_bert_embedding(batch, model, tokenizer, weights, device=model.device)
+            for i, text in enumerate(batch):
+                n = int(mask_BL[i].sum())
+                embedded[text] = (vectors_BLH[i, :n].cpu(), mask_BL[i, :n].cpu(), weights_BL[i, :n])
+            bar.advance(len(batch))
 
     def one(text: str) -> list["Tensor"]:
         return [part.clone()[None] for part in embedded[text]]  # matching normalises them in place

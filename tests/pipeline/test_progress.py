@@ -28,6 +28,9 @@ with output.whole():
             time.sleep(0.02)
             bar.advance(2, note=f"loss {i}")
             print(f"said {i}")
+            with waiting("loading more"), progress("inner", 2, "texts") as inner:
+                inner.advance(2)
+                time.sleep(0.15 * (i == 2))
     output.result("all is done", made=20)
     output.finish(0)
 """
@@ -90,6 +93,20 @@ def test_progress_in_a_log_is_whole_lines(capsys):
     assert re.fullmatch(r"work: 100% 10/10 things \[00:00<00:00, [\d.,]+ things/s, loss 1\.5\]", last)
 
 
+def test_a_loop_inside_another_leaves_a_log_alone_unless_it_lasts(capsys, monkeypatch):
+    def outer_and_inner():
+        with progress("outer", 1, "tables") as outer:
+            with progress("inner", 2, "texts") as inner:
+                inner.advance()
+                inner.advance()
+            outer.advance()
+        return [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert outer_and_inner() == ["outer", "outer"]
+    monkeypatch.setattr("pipeline.progress._Lines.every_s", 0.0)
+    assert outer_and_inner() == ["outer", "inner", "inner", "outer"]
+
+
 def test_an_error_does_not_make_it_whole(capsys):
     with pytest.raises(ValueError), progress("work", 10, "things") as bar:
         bar.advance(3)
@@ -149,5 +166,6 @@ def test_a_terminal_sees_a_bar_with_rate_and_eta():
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
     assert "loading [red]it ..." in text, "markup in a name is text"
     assert re.search(r"stage \[1\] +[━╸╺ ]+ +100% 20/20 examples  [\d.,]+ examples/s  ETA 00:00  loss 5", text)
+    assert re.search(r"inner +[━╸╺ ]+ +100% 2/2 texts", text) and "loading more ..." in text
     assert re.search(r"^said 3\s*$", text.replace("\r", "\n"), re.MULTILINE)
     assert seen.count(b"\x1b[?25l") == seen.count(b"\x1b[?25h") > 0
