@@ -9,10 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.recipe import Recipe
+from pipeline.sections import Cache
+
 RANKS = (16, 32, 64, 128, 256, 512, 1024)  # the K that are looked at
 BEYOND_AT_MOST = 0.01  # of the probability, at 90 % of the positions of every task
-# Bytes of a rank where nothing was measured: benchmarks/cache_bytes.py found 352, 278 and 84 a position of 256 ranks.
-BYTES_A_RANK = {"fine": 1.38, "small": 1.09, "rank-only": 0.33}
+# Bytes of a rank where nothing was measured: benchmarks/cache_bytes.py found 352, 278 and 84 a position of 256 ranks
+# at perplexity 16, of which 12 were other columns.
+BYTES_A_RANK = {"fine": 1.33, "small": 1.04, "rank-only": 0.28}
+BYTES_A_TOKEN = 4  # of the answer: its id, offsets and status
 _BY_EXAMPLE = ("example_id", "task", "prompt", "answer", "answer_start")
 _BY_SHARD = ("id_order", "footer")
 
@@ -25,7 +30,8 @@ class Total:
     error: float
 
     def __str__(self) -> str:
-        return f"{self.value:,.0f}" + (f" +- {self.error:,.0f}" if self.error else "")
+        error = f"{self.error:,.0f}" if math.isfinite(self.error) else "?"
+        return f"{self.value:,.0f}" + (f" +- {error}" if self.error else "")
 
 
 def total_of(sample: Sequence[float], population: int) -> Total:
@@ -97,16 +103,19 @@ def cache_bytes(probe: Mapping[str, Any], every: Counts) -> dict[str, float]:
     return {name: size * factor(name) for name, size in probe["column_bytes"].items()}
 
 
-def estimated_bytes(probe: Mapping[str, Any], every: Counts, top_k: int, codec: str, store_ids: bool) -> float:
-    """Bytes of the whole cache where nothing was run: BYTES_A_RANK, and half of the text for what zstd leaves of it."""
-    a_rank = BYTES_A_RANK[codec if store_ids else "rank-only"]
+def estimated_bytes(probe: Mapping[str, Any], every: Counts, cache: Cache) -> float:
+    """Bytes of the whole cache where nothing was run: BYTES_A_RANK, the top logit and two normalisers a temperature in
+    float32, BYTES_A_TOKEN, and half of the text for what zstd leaves of it."""
+    a_rank = BYTES_A_RANK[cache.codec if cache.store_ids else "rank-only"]
+    a_position = cache.top_k * a_rank + 4 + 8 * len(cache.temperatures) + BYTES_A_TOKEN
     text: float = 0.5 * probe["text_bytes"] * every.examples / every.n
-    return every.positions.value * top_k * a_rank + text
+    return every.positions.value * a_position + text
 
 
 def stage1_seconds(probe: Mapping[str, Any], every: Counts) -> float:
     """Loading, and the sample's time in proportion to the tokens read. Encoding runs beside the teacher, so that the
-    slower of the two counts. Reading the worked examples is in the sample's time."""
+    slower of the two counts. Worked examples that prompts share take nothing for one task, whose stage reads them once;
+    of several tasks they are read again in every shard, and counted here as often as in the sample."""
     sampled = sum(sum(of["own"]) for of in probe["sample"].values())
     working: float = max(probe["capture_s"], probe["encode_s"]) * every.own.value / sampled
     return float(probe["load_s"]) + working
@@ -178,3 +187,116 @@ def k_reason(losses: Sequence[str]) -> str:
         "uld": "uld puts the ranks beyond K into one bucket: their sum is compared, their order is not.",
     }
     return " ".join(said[loss] for loss in losses if loss in said)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """In one currency, whichever. months: how long the cache is kept."""
+
+    gpu_hour: float
+    gb_month: float
+    months: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known beforehand. What only a run can tell is None in a dry plan.
+
+    column_bytes: of the whole cache by column. hours, money: when the cache has cost less than a teacher online; None
+    where no arm needs a teacher. beyond: of stage 1's probe; None where the engine shows no full logits.
+    """
+
+    dry: bool
+    tasks: dict[str, Counts]
+    every: Counts
+    quarantined: int  # of the examples drawn
+    bytes: float
+    bytes_error: float
+    column_bytes: dict[str, float] | None
+    device: str | None
+    stage1_hours: float | None
+    stage2_hours: float | None
+    stage1_peak_bytes: int | None
+    stage2_peak_bytes: int | None
+    step_s: dict[str, dict[str, float]]  # student -> arm -> seconds of a step
+    dropped: dict[str, int]  # student -> examples of the sample that it cannot read
+    teacher_s_per_example: float | None
+    runs: int  # trainings in all
+    teacher_runs: int  # those that need a teacher
+    kept: float | None  # what keeping the cache costs
+    prices: Prices
+    hours: BreakEven | None
+    money: BreakEven | None
+    beyond: dict[str, Any] | None
+    k: int | None  # recommended
+
+
+def plan_of(
+    recipe: Recipe, teacher: Mapping[str, Any], students: Mapping[str, Mapping[str, Any]], prices: Prices
+) -> Plan:
+    """teacher: of stage 1's probe. students: by name, of stage 2's; none where nothing was run."""
+    tasks = counts(teacher)
+    every = summed(tasks)
+    cache, dry = recipe.cache, bool(teacher["dry"])
+    columns = None if dry else cache_bytes(teacher, every)
+    size = estimated_bytes(teacher, every, cache)
+    size = size if columns is None else sum(columns.values())
+    kept = size / 1e9 * prices.gb_month * prices.months
+    runs = trainings(recipe, students)
+    taught = [run for run in runs if run.needs_teacher]
+    stage1_s = per_example = None
+    hours = money = None
+    if not dry:
+        stage1_s = stage1_seconds(teacher, every)
+        per_example = teacher["capture_s"] / every.n
+        if taught:
+            hours = in_hours(stage1_s, taught, per_example)
+            money = in_money(hours, prices.gpu_hour, kept)
+    beyond = teacher.get("beyond")
+    return Plan(
+        dry=dry,
+        tasks=tasks,
+        every=every,
+        quarantined=teacher["quarantined"],
+        bytes=size,
+        bytes_error=size * every.positions.error / every.positions.value,
+        column_bytes=columns,
+        device=teacher.get("device"),
+        stage1_hours=None if stage1_s is None else stage1_s / 3600,
+        stage2_hours=None if dry else stage2_seconds(runs, students) / 3600,
+        stage1_peak_bytes=teacher.get("peak_bytes"),
+        stage2_peak_bytes=max((found["peak_bytes"] for found in students.values()), default=None),
+        step_s={name: dict(found["step_s"]) for name, found in students.items()},
+        dropped={name: found["dropped"] for name, found in students.items()},
+        teacher_s_per_example=per_example,
+        runs=len(recipe.students) * len(recipe.arm_runs),
+        teacher_runs=len(recipe.students) * sum(recipe.arms[run.arm].needs_teacher for run in recipe.arm_runs),
+        kept=kept,
+        prices=prices,
+        hours=hours,
+        money=money,
+        beyond=beyond,
+        k=None if beyond is None else recommended_k(beyond),
+    )
+
+
+def trainings(recipe: Recipe, students: Mapping[str, Mapping[str, Any]]) -> list[Run]:
+    """Every training of every student that was measured."""
+    train = recipe.train
+    return [
+        Run(
+            f"{name}/{run.name}",
+            found["step_s"][run.arm],
+            train.steps,
+            train.batch_size,
+            recipe.arms[run.arm].needs_teacher,
+        )
+        for name, found in students.items()
+        for run in recipe.arm_runs
+    ]
+
+
+def stage2_seconds(runs: Sequence[Run], students: Mapping[str, Mapping[str, Any]]) -> float:
+    """All trainings one after another, and loading each student once."""
+    loading: float = sum(found["load_s"] for found in students.values())
+    return sum(run.seconds for run in runs) + loading

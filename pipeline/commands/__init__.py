@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-NAMES = ("run", "show", "status", "recipes", "sweep", "export")
+NAMES = ("run", "plan", "show", "status", "recipes", "sweep", "export", "completion")
 
 
 def modules(names: Sequence[str] = NAMES) -> dict[str, ModuleType]:
