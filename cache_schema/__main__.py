@@ -1,21 +1,27 @@
-"""`python -m cache_schema verify|repair|show`: look into a cache, given its place or a recipe.
+"""`python -m cache_schema verify|doctor|repair|show`: look into a cache, given its place or a recipe.
 
     python -m cache_schema verify caches/NAME
+    python -m cache_schema doctor caches/NAME
     python -m cache_schema repair s3://bucket/NAME
     python -m cache_schema show --recipe pocket --example 3 --top 5
 
-Exit codes: 0 good; 1 something committed is damaged; 2 a mistake in the call, or no cache there; 3 it is incomplete.
+Exit codes: 0 good; 1 something committed is damaged; 2 a mistake in the call, or no cache there; 3 it is incomplete;
+130 and 143 stopped by SIGINT and SIGTERM. `--quiet` and `--json`: see `console`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
+from cache_schema.console import JSON, PLAIN, QUIET, Console
 from cache_schema.errors import CacheError, IncompleteCache
 
 if TYPE_CHECKING:
@@ -30,23 +36,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = line.parse_args(arguments)
     if options.cache is not None and options.set:
         line.error("--set changes a recipe; with a folder it has no meaning")
+    console = Console(options.output or PLAIN, options.command)
     try:
-        location = options.cache if options.cache is not None else _folder_of_recipe(options.recipe, options.set)
-        if options.command == "show":
-            return _show(location, options.example, options.top)
-        return _verify(location) if options.command == "verify" else _repair(location)
+        with console:
+            location = options.cache if options.cache is not None else _folder_of_recipe(options.recipe, options.set)
+            code = _run(options, location, console)
+        return console.finish(code)
     except CacheError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return console.finish(error.exit_code, str(error))
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt as stop:  # at once: nothing here leaves anything half done
+        said = "stopped; the same command begins again"
+        print(f"\n{said}", file=sys.stderr)
+        return console.finish(128 + (stop.args[0] if stop.args else signal.SIGINT), said)
+
+
+def _run(options: argparse.Namespace, location: str, console: Console) -> int:
+    if options.command == "show":
+        return _show(location, options.example, options.top, console)
+    if options.command == "doctor":
+        return _doctor(location, options.repair, console)
+    return _verify(location, console) if options.command == "verify" else _repair(location, console)
 
 
 COMMANDS = {  # name -> what it does, and the command lines that end its --help
     "verify": (
         "check every byte and every invariant; name what is bad",
         ("python -m cache_schema verify caches/NAME", "python -m cache_schema verify --recipe gsm8k-qwen3"),
+    ),
+    "doctor": (
+        "verify, say what is lost and what is not, and repair it if told to",
+        ("python -m cache_schema doctor caches/NAME", "python -m cache_schema doctor --recipe pocket --repair"),
     ),
     "repair": (
         "verify, then set aside what is bad and nothing else, for stage 1 to make again",
@@ -83,6 +106,15 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; any number of times"
         )
+        speaks = command.add_mutually_exclusive_group()
+        for mode, what in (
+            (QUIET, "errors and the result alone"),
+            (JSON, "a JSON object a line, the result last"),
+        ):
+            speaks.add_argument(f"--{mode}", dest="output", action="store_const", const=mode, help=f"print {what}")
+    made["doctor"].add_argument(
+        "--repair", action="store_true", help="do what a repair would do; on a terminal it is asked otherwise"
+    )
     show = made["show"]
     show.add_argument("--example", default="0", metavar="N-or-ID", help="which example (default: the first)")
     show.add_argument("--top", type=_count, default=5, metavar="N", help="candidates a token (default: 5)")
@@ -100,17 +132,19 @@ def _folder_of_recipe(recipe: str, overrides: Sequence[str]) -> str:
     command = [sys.executable, "-m", "pipeline", "show", "--recipe", recipe, "--field", "cache.dir"]
     for override in overrides:
         command += ["--set", override]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    plain = {key: value for key, value in os.environ.items() if key != "LOGITBANK_OUTPUT"}
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=plain)
     if answer.returncode != 0:
         raise SystemExit(answer.returncode)
     return answer.stdout.strip()
 
 
-def _verify(location: str) -> int:
+def _verify(location: str, console: Console) -> int:
     from cache_schema.verify import verify  # numpy and pyarrow only now: --help answers at once
 
-    report = verify(location, _progress)
+    report = verify(location, console.progress)
     totals = report.totals
+    console.facts(**_facts(report))
     print(f"cache      {report.store.location}")
     print(f"identity   {report.manifest.fingerprint}")
     print(
@@ -123,45 +157,84 @@ def _verify(location: str) -> int:
     for name in report.orphans:
         print(f"note       shards/{name} belongs to no commit record; it is swept when the cache is sealed")
     for problem in report.problems:
-        print(f"BAD        {problem}")
+        console.result(f"BAD        {problem}")
     if not report.good:
         bad = sorted({p.shard for p in report.problems if p.shard is not None})
         count = f"{len(report.problems)} problem" + "s" * (len(report.problems) > 1)
-        print(f"not good: {count}" + (f", in shards {', '.join(map(str, bad))}" if bad else ""))
+        console.result(f"not good: {count}" + (f", in shards {', '.join(map(str, bad))}" if bad else ""))
         return DAMAGED
     if not report.complete:
-        print("what is there is good")
+        console.result("what is there is good")
         raise _incomplete(report)
-    print("good")
+    console.result("good")
     return 0
 
 
-def _repair(location: str) -> int:
+def _repair(location: str, console: Console) -> int:
     from cache_schema.repair import repair
 
-    report = repair(location, _progress)
+    report = repair(location, console.progress)
+    console.facts(**_facts(report.found), rewritten=report.rewritten, set_aside=report.set_aside)
+    console.facts(left=[str(problem) for problem in report.left])
     manifest = report.found.manifest
     for problem in report.found.problems:
-        print(f"BAD        {problem}")
+        console.result(f"BAD        {problem}")
     for name in report.rewritten:
-        print(f"rewritten  {name}, from the seal")
+        console.result(f"rewritten  {name}, from the seal")
     for name in report.set_aside:
-        print(f"set aside  {name}")
+        console.result(f"set aside  {name}")
     for problem in report.left:
-        print(f"left       {problem}")
+        console.result(f"left       {problem}")
     if report.left:
-        print("not good: what is left cannot be repaired; copy the cache again, or make it again in another folder")
+        console.result(
+            "not good: what is left cannot be repaired; copy the cache again, or make it again in another folder"
+        )
         return DAMAGED
-    if report.set_aside:
+    if report.for_stage1:
         many = "shards" if len(report.shards) > 1 else "shard"
         again = f"{many} {', '.join(map(str, report.shards))}" if report.shards else "what is missing"
-        print(f"next: {manifest.stage1_command}   makes {again} again, and nothing else")
+        console.result(f"next: {manifest.stage1_command}   makes {again} again, and nothing else")
         return 0
     if not report.found.complete:
-        print("what is there is good")
+        console.result("what is there is good")
         raise _incomplete(report.found)
-    print("good again" if report.rewritten else "good")
+    console.result("good again" if report.rewritten else "good")
     return 0
+
+
+def _doctor(location: str, do_repair: bool, console: Console) -> int:
+    from cache_schema.doctor import describe, diagnose
+    from cache_schema.repair import carry_out
+
+    diagnosis = diagnose(location, console.progress)
+    console.facts(**_facts(diagnosis.found), repairable=diagnosis.repairable)
+    print(describe(diagnosis))
+    plan, found = diagnosis.plan, diagnosis.found
+    asks = console.mode == PLAIN and sys.stdin.isatty() and sys.stdout.isatty()
+    if diagnosis.repairable and not do_repair and asks:
+        if diagnosis.leftovers.at_work:
+            print("\nsomebody may be writing into this cache: a repair is for when all writers have stopped")
+        elif _yes("\nrepair it now? [y/N] "):
+            return _repair(location, console)  # from the start: it may have changed while the question stood
+    if not found.problems:
+        print("\nnothing is damaged")
+        return 0 if found.complete else IncompleteCache.exit_code
+    if not (diagnosis.repairable and do_repair):
+        if diagnosis.repairable:
+            print(f"\nto repair it: {shlex.join(['python', '-m', 'cache_schema', 'doctor', location, '--repair'])}")
+        return DAMAGED
+    carry_out(plan)
+    print(f"\nrepaired; next: {found.manifest.stage1_command}" if plan.for_stage1 else "\nrepaired")
+    if plan.left:
+        return DAMAGED
+    return 0 if found.complete and not plan.for_stage1 else IncompleteCache.exit_code
+
+
+def _yes(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _incomplete(found: VerifyReport) -> IncompleteCache:
@@ -169,19 +242,37 @@ def _incomplete(found: VerifyReport) -> IncompleteCache:
     return IncompleteCache(found.store.location, manifest.shards, found.missing, manifest.stage1_command)
 
 
-def _progress(done: int, of: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rshard {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+def _facts(report: VerifyReport) -> dict[str, Any]:
+    """What a machine is told of a cache."""
+    return {
+        "cache": report.store.location,
+        "fingerprint": report.manifest.fingerprint,
+        "shards": report.manifest.shards,
+        "missing": report.missing,
+        "sealed": report.sealed,
+        "good": report.good,
+        "complete": report.complete,
+        "problems": [str(problem) for problem in report.problems],
+        "orphans": report.orphans,
+        **asdict(report.totals),
+    }
 
 
-def _show(location: str, example: str, top: int) -> int:
+def _show(location: str, example: str, top: int, console: Console) -> int:
     from cache_schema.reader import CacheReader
     from cache_schema.show import describe_example, find_example
 
     reader = CacheReader.open(location, require_sealed=False)
-    print(describe_example(reader, find_example(reader, example), top))
+    text = describe_example(reader, find_example(reader, example), top)
+    console.facts(example=text)
+    console.result(text)
     return 0
 
 
+def _terminated(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt(signum)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Setting aside what is damaged, and nothing else. Called by `python -m cache_schema repair`.
+"""Setting aside what is damaged, and nothing else. Called by `python -m cache_schema repair` and `doctor`.
 
 A bad shard's data file and record go to `aside/`, and the seal with them; stage 1 then makes that shard again.
 Before that, a record that was lost or altered is written again from the seal where the data file is sound. Of what is
@@ -18,20 +18,31 @@ from cache_schema.verify import Problem, VerifyReport, verify
 
 @dataclass
 class RepairReport:
-    """What was wrong and what was done. `found` is what `verify` said before."""
+    """What is wrong and what is done about it, or would be. `found` is what `verify` said before."""
 
     found: VerifyReport
-    set_aside: list[str] = field(default_factory=list)  # names inside the cache
+    set_aside: list[str] = field(default_factory=list)  # names inside the cache, in their order
     rewritten: list[str] = field(default_factory=list)  # commit records, from the seal
     shards: list[int] = field(default_factory=list)  # that stage 1 has to make again
     left: list[Problem] = field(default_factory=list)  # beyond repair
+
+    @property
+    def for_stage1(self) -> bool:
+        """Whether stage 1 has something to make again: what is set aside, or a vocabulary that is gone."""
+        return bool(self.set_aside) or any(problem.file == layout.VOCABULARY for problem in self.found.problems)
 
 
 def repair(
     location: str | os.PathLike[str], on_shard: Callable[[int, int], None] = lambda done, of: None
 ) -> RepairReport:
     """Verify, and set aside what is bad. Raises CacheError as `verify` does, and StorageError."""
-    found = verify(location, on_shard)
+    report = planned(verify(location, on_shard))
+    carry_out(report)
+    return report
+
+
+def planned(found: VerifyReport) -> RepairReport:
+    """What is to be done about what `verify` found. Changes nothing. Raises StorageError."""
     report, store = RepairReport(found), found.store
     records = {record.shard: record for record in found.records}
     files = {problem.file for problem in found.problems}
@@ -43,18 +54,31 @@ def repair(
                 report.left.append(problem)
         elif not (found.sealed and shard in records and layout.data(records[shard].file) not in files):
             bad.add(shard)
-    with store.errors("repairing the cache"):
-        for shard in sorted({p.shard for p in found.problems if p.shard is not None} - bad):
-            store.publish(layout.record(shard), records[shard].dump(found.manifest.fingerprint))
-            report.rewritten.append(layout.record(shard))
+    named = {problem.shard for problem in found.problems if problem.shard is not None}
+    report.rewritten = [layout.record(shard) for shard in sorted(named - bad)]
+    with store.errors("looking for what to repair"):
         if (bad or layout.SEALED in files) and store.has(layout.SEALED):
-            report.set_aside.append(_set_aside(store, layout.SEALED))
+            report.set_aside.append(layout.SEALED)
         for shard in sorted(bad):
-            report.set_aside += [_set_aside(store, name) for name in _names_of(store, shard)]
+            report.set_aside += _names_of(store, shard)
         if layout.VOCABULARY in files and store.has(layout.VOCABULARY):
-            report.set_aside.append(_set_aside(store, layout.VOCABULARY))
+            report.set_aside.append(layout.VOCABULARY)
     report.shards = sorted(shard for shard in bad if shard < found.manifest.shards)
     return report
+
+
+def carry_out(report: RepairReport) -> None:
+    """Do what is planned, at once after it was: a cache that others write into is another a while later.
+
+    Raises StorageError.
+    """
+    store, fingerprint = report.found.store, report.found.manifest.fingerprint
+    records = {layout.record(record.shard): record for record in report.found.records}
+    with store.errors("repairing the cache"):
+        for name in report.rewritten:
+            store.publish(name, records[name].dump(fingerprint))
+        for name in report.set_aside:
+            _set_aside(store, name)
 
 
 def _names_of(store: Store, shard: int) -> list[str]:
@@ -64,11 +88,10 @@ def _names_of(store: Store, shard: int) -> list[str]:
     return [*([layout.record(shard)] if f"{shard:05d}.json" in plain else []), *data]
 
 
-def _set_aside(store: Store, name: str) -> str:
+def _set_aside(store: Store, name: str) -> None:
     """Under a name that is free: an earlier repair may have set aside another file of this name."""
     plain = name.rpartition("/")[2]
     taken, number = store.listing(layout.ASIDE), 1
     while f"{plain}.{number}" in taken:
         number += 1
     store.set_aside(name, f"{layout.ASIDE}/{plain}.{number}")
-    return name
