@@ -128,6 +128,31 @@ def test_stage_2_saves_its_step_and_ends_as_if_nobody_had_stopped_it(
 
 
 @pytest.mark.slow
+def test_where_one_of_torchruns_processes_is_told_all_stop_at_the_same_step(tmp_path: Path) -> None:
+    """The second one, which saves nothing itself. What torchrun makes of it (a traceback of its own) is torchrun's."""
+    path, there = long_run(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "stage2_student", "--recipe", path]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        deadline = time.monotonic() + 120
+        while not there():
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+            time.sleep(0.001)
+        children = map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())
+        (second,) = (p for p in children if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+        os.kill(second, signal.SIGTERM)
+        said, _ = run.communicate(timeout=200)
+    assert "stage2_student FAILED" in said and "exitcode  : 143" in said, said
+    arm = RunDir.of(load_recipe(path)).arm("toy", "distill")
+    (step,) = complete_steps(arm.checkpoints)
+    assert 3 <= step < 50 and len(arm.metrics.read_text().splitlines()) == step
+    out = gone_on(f"python -m stage2_student --recipe {path}")
+    assert f"to go on from step {step}" in out and complete_steps(arm.checkpoints) == [50, 60]
+
+
+@pytest.mark.slow
 def test_stage_3_keeps_the_batch_in_work_and_goes_on(tmp_path: Path) -> None:
     """Eight answers a condition, one a batch: saved at the end of each condition, or where it is stopped."""
     recipe = str(toys.tiny_recipe(tmp_path, train={"steps": 40, "save_every": 1}, eval={"batch_size": 1}))
