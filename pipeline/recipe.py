@@ -150,11 +150,8 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 
 
-def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by name or path and apply `key.path=value` overrides (values are YAML).
-
-    Raises RecipeError naming the file, the key, what was found and what was expected.
-    """
+def recipe_path(name_or_file: str) -> Path:
+    """The file of a recipe by name or path. Raises RecipeError where there is none."""
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES_DIR / f"{name_or_file}.yaml"
@@ -165,6 +162,15 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise RecipeError(f"recipe {path}: the file {what}. The built-in ones: python -m pipeline recipes")
+    return path
+
+
+def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or path and apply `key.path=value` overrides (values are YAML).
+
+    Raises RecipeError naming the file, the key, what was found and what was expected.
+    """
+    path = recipe_path(name_or_file)
     tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")

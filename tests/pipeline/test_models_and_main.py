@@ -143,7 +143,7 @@ def test_show_and_recipes(capsys):
 
 
 def test_what_show_prints_is_a_recipe(tmp_path, capsys):
-    assert main(["show", "--recipe", "gsm8k-qwen3"]) == 0
+    assert main(["show", "--recipe", "gsm8k-qwen3", "--no-example"]) == 0
     (tmp_path / "copy.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     assert load_recipe(str(tmp_path / "copy.yaml")) == load_recipe("gsm8k-qwen3")
 
