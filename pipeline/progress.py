@@ -36,9 +36,10 @@ class Pace:
         self._seen: deque[tuple[float, int]] = deque([(self._began, done)])
 
     def to(self, done: int) -> None:
-        """So many are done now. Where that is fewer than before, the rate is measured anew from here."""
+        """So many are done now. Where that is fewer than before, the rate is measured anew from here; and where it is
+        still what was there at the start, since a loop may begin with the loading of its model."""
         now = self._clock()
-        if done < self.done:
+        if done < self.done or done == self._seen[0][1]:
             self._seen.clear()
         self.done = done
         if not self._seen or now - self._seen[-1][0] >= _WINDOW_S / 60:

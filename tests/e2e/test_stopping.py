@@ -128,6 +128,21 @@ def test_stage_2_saves_its_step_and_ends_as_if_nobody_had_stopped_it(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code", "group"), [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, True)])
+def test_a_cluster_finishes_what_it_has_in_work(tmp_path: Path, signum: int, code: int, group: bool) -> None:
+    """Ray would end the driver at once at a SIGTERM: its handler is not kept."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    runtime = {"executor": "ray", "workers": 1}
+    recipe = str(toys.tiny_recipe(tmp_path, cache={"shard_examples": 1}, runtime=runtime))
+    begun = lambda: len(records(tmp_path)) >= 2  # noqa: E731
+    found, said = stopped(["stage1_teacher", "--recipe", recipe], begun, signum, group=group)
+    assert found == code and "what the workers have in work is done" in said
+    assert 2 <= len(records(tmp_path)) < 22, "it was to be stopped on its way"
+    assert len(list((tmp_path / "cache" / "shards").glob("*.parquet"))) == len(records(tmp_path))
+    assert "sealed, examples 22 in = 22 written" in gone_on(said)
+
+
+@pytest.mark.slow
 def test_where_one_of_torchruns_processes_is_told_all_stop_at_the_same_step(tmp_path: Path) -> None:
     """The second one, which saves nothing itself. What torchrun makes of it (a traceback of its own) is torchrun's."""
     path, there = long_run(tmp_path)

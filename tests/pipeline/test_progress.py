@@ -79,6 +79,17 @@ def test_a_step_back_is_no_negative_rate():
     assert pace.rate == pytest.approx(1)
 
 
+def test_what_comes_before_the_first_unit_makes_a_loop_no_slower():
+    clock = Clock()
+    pace = Pace(100, 20, clock)
+    clock.now = 500  # a teacher is loaded, and the loop says so
+    pace.to(20)
+    for _ in range(10):
+        clock.now += 1
+        pace.to(pace.done + 4)
+    assert pace.rate == pytest.approx(4) and pace.eta_s == pytest.approx(10) and pace.elapsed_s == 510
+
+
 def test_the_figures_in_words():
     assert rate_text(12.345, "steps") == "12.3 steps/s" and rate_text(0.4, "steps") == "2.5 s/step"
     assert rate_text(123456, "tokens") == "123,456 tokens/s" and rate_text(None, "steps") == "? steps/s"
