@@ -22,7 +22,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import examples
+from pipeline import output
+from pipeline.cli import examples, parsed
 
 PROVENANCE = "provenance.json"
 COURSES = {"decoder": "DecoderCourse", "t5": "T5Course", "gpt2": "GPT2Course"}
@@ -50,13 +51,14 @@ def parser() -> argparse.ArgumentParser:
     length.add_argument("--steps", type=int, help="train for so many optimizer steps")
     length.add_argument("--measure-only", action="store_true", help="train nothing; measure the model in --out")
     p.add_argument("--seed", type=int, default=0, help="seeds the weights and the texts (0)")
+    output.add_output_arguments(p)
     p.add_argument("--items", type=int, default=1000, help="validation items of each kind to measure on (1000)")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = parser().parse_args(arguments)
+    args = parsed(parser(), arguments)
     if args.out.exists() and not args.out.is_dir():
         print(f"{args.out}: found a file where a folder is needed; choose another --out", file=sys.stderr)
         return 2
@@ -98,9 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
         log("  ".join(f"{key} {value}" for key, value in found.items()))
     if not args.measure_only:
         (args.out / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
-    log(f"weights in {args.out}")
+    output.facts(validation=record["validation"])
+    output.result(f"{time.strftime('%H:%M:%S')}  weights in {args.out}", weights=str(args.out))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output.whole():  # not `guarded`: Ctrl-C ends the training early, and saves and measures what there is
+        code = main()
+        output.finish(code)
+    sys.exit(code)

@@ -12,7 +12,7 @@ import toys
 
 ROOT = Path(__file__).parent.parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-MODULES = ("cache_schema", "pipeline", "stage1_teacher", "stage2_student", "stage3_eval")
+MODULES = ("cache_schema", "pipeline", "pipeline.pocket", "stage1_teacher", "stage2_student", "stage3_eval")
 
 
 def leaves(parser):
