@@ -61,7 +61,8 @@ def ask(signum: int = ASK) -> None:
 def deferred(safe_point: str, tell: Callable[[int], None] | None = None, leave: bool = True) -> Iterator[None]:
     """Inside, the first signal only sets `requested()`; entering and leaving raise Stopped where it is set.
 
-    safe_point: what is waited for, in words: "the shard in work is written". tell: called with ASK or END, to pass on.
+    safe_point: what is waited for, in words: "the shard in work is written"; "" where a child says it. tell: called
+    with ASK or END, to pass on.
     leave: without, the caller raises Stopped itself, once the processes that it works with know of it.
     """
     if leave and _state.asked is not None:
@@ -104,7 +105,7 @@ def run_child(command: Sequence[str], stdout: int | None = None) -> int:
         if child is not None:
             child.send_signal(signum)
 
-    with deferred("the step in work has come to its safe point", tell):
+    with deferred("", tell):  # the child says what it waits for
         child = subprocess.Popen(command, stdout=stdout, env=os.environ | {ANSWERED: str(os.getpid())})
         if _state.asked is not None:  # before there was anybody to tell
             tell(ASK)
@@ -146,7 +147,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if first or (_state.asked == ASK and signum in _COUNTED):  # the exit code tells of the signal that a person sent
         _state.asked = signum
     if first and _state.safe_points:
-        if signum in _COUNTED and int(os.environ.get("RANK", "0")) == 0:
+        if _state.safe_points[-1] and int(os.environ.get("RANK", "0")) == 0:
             os.write(2, f"\nstopping when {_state.safe_points[-1]}; once more stops at once\n".encode())
         for tell in _state.told:
             tell(ASK)
