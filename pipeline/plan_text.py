@@ -67,7 +67,8 @@ def _cache(recipe: Recipe, plan: Plan) -> str:
 def _time(recipe: Recipe, plan: Plan) -> str:
     assert plan.stage1_hours is not None and plan.stage2_hours is not None
     lines = [
-        f"Time and peak memory on this device, {plan.device}, one process",
+        f"Time and peak memory on this device, {plan.device}, one process; memory is that of the sample, and fuller "
+        "batches or longer examples take more",
         f"  stage 1: {duration(plan.stage1_hours)}, {size(plan.stage1_peak_bytes or 0)}",
         f"  stage 2: {duration(plan.stage2_hours)}, {size(plan.stage2_peak_bytes or 0)}; "
         f"{plan.runs} runs of {recipe.train.steps:,} steps, without their checkpoints",

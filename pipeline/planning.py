@@ -91,10 +91,11 @@ def summed(tasks: Mapping[str, Counts]) -> Counts:
 def cache_bytes(probe: Mapping[str, Any], every: Counts) -> dict[str, float]:
     """Bytes of the whole cache by column, from those of the sample encoded as one real shard.
 
-    Text grows with examples, numbers with positions, the order of ids and the footer with shards.
+    Text grows with examples (of those drawn, the unusable ones have no row), numbers with positions, the order of ids
+    and the footer with shards.
     """
     sampled = sum(sum(of["positions"]) for of in probe["sample"].values())
-    by_position, by_example = every.positions.value / sampled, every.examples / every.n
+    by_position, by_example = every.positions.value / sampled, every.examples / (every.n + probe["quarantined"])
     shards = math.ceil(every.examples / probe["shard_examples"])
 
     def factor(name: str) -> float:
@@ -108,7 +109,7 @@ def estimated_bytes(probe: Mapping[str, Any], every: Counts, cache: Cache) -> fl
     float32, BYTES_A_TOKEN, and half of the text for what zstd leaves of it."""
     a_rank = BYTES_A_RANK[cache.codec if cache.store_ids else "rank-only"]
     a_position = cache.top_k * a_rank + 4 + 8 * len(cache.temperatures) + BYTES_A_TOKEN
-    text: float = 0.5 * probe["text_bytes"] * every.examples / every.n
+    text: float = 0.5 * probe["text_bytes"] * every.examples / (every.n + probe["quarantined"])
     return every.positions.value * a_position + text
 
 

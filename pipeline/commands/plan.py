@@ -48,8 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _amount(text: str) -> float:
     """A number that is not negative."""
-    number = float(text)
-    if not 0 <= number < float("inf"):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"expected 0 or more, found {text}")
     return number
 
@@ -98,11 +101,11 @@ def _measured(stage: str, recipe: "Recipe", arguments: list[str]) -> int:
             f"runtime.python.{stage}: expected a Python interpreter, found {command[0]}: {error.strerror}"
         ) from None
     if code:
-        print(
-            f"no plan: {stage} could not be measured (exit code {code}); without any model: "
-            f"{shlex.join(['python', '-m', 'pipeline', 'plan', '--dry', *arguments[: arguments.index('--probe')]])}",
-            file=sys.stderr,
-        )
+        said = f"no plan: {stage} could not be measured (exit code {code})"
+        if "--probe-dry" not in arguments:
+            given = arguments[: arguments.index("--probe")]
+            said += f"; without any model: {shlex.join(['python', '-m', 'pipeline', 'plan', '--dry', *given])}"
+        print(said, file=sys.stderr)
     return code
 
 

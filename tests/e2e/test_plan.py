@@ -31,6 +31,10 @@ def test_dry_runs_no_model(tmp_path):
         "no plan: stage1_teacher could not be measured (exit code 2); without any model: python -m pipeline plan"
         in (ran.stderr)
     )
+    ran = plan(recipe, "--dry", "--set", f"data.dir={tmp_path / 'nowhere'}")
+    assert ran.returncode == 2 and "(exit code 2)\n" in ran.stderr  # what would not help is not advised
+    ran = plan(recipe, "--months", "x")
+    assert ran.returncode == 2 and "--months: expected 0 or more, found x" in ran.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "model", "recipe.yaml"]
 
 

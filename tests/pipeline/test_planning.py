@@ -83,6 +83,9 @@ def test_totals_by_task_and_bytes_by_column():
 def test_quarantined_examples_stand_for_their_share():
     found = counts(PROBE | {"quarantined": 2})  # 6 of 8 usable
     assert found["a"].positions.value == 12 * 75 and found["b"].positions.value == 5 * 15
+    bytes_of = cache_bytes(PROBE | {"quarantined": 2}, summed(found))
+    assert bytes_of["prompt"] == pytest.approx(60 * 120 / 8)  # 8 were drawn for the text of 6
+    assert bytes_of["slots"] == pytest.approx(580 * (12 * 75 + 5 * 15) / 58)
 
 
 @pytest.mark.parametrize(
