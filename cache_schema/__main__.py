@@ -208,23 +208,26 @@ def _doctor(location: str, do_repair: bool, console: Console) -> int:
 
     diagnosis = diagnose(location, console.progress)
     console.facts(**_facts(diagnosis.found), repairable=diagnosis.repairable)
-    print(describe(diagnosis))
+    print(f"{describe(diagnosis)}\n")
     plan, found = diagnosis.plan, diagnosis.found
     asks = console.mode == PLAIN and sys.stdin.isatty() and sys.stdout.isatty()
     if diagnosis.repairable and not do_repair and asks:
         if diagnosis.leftovers.at_work:
-            print("\nsomebody may be writing into this cache: a repair is for when all writers have stopped")
-        elif _yes("\nrepair it now? [y/N] "):
+            print("somebody may be writing into this cache: a repair is for when all writers have stopped")
+        elif _yes("repair it now? [y/N] "):
             return _repair(location, console)  # from the start: it may have changed while the question stood
     if not found.problems:
-        print("\nnothing is damaged")
+        console.result("nothing is damaged")
         return 0 if found.complete else IncompleteCache.exit_code
     if not (diagnosis.repairable and do_repair):
         if diagnosis.repairable:
-            print(f"\nto repair it: {shlex.join(['python', '-m', 'cache_schema', 'doctor', location, '--repair'])}")
+            told = shlex.join(["python", "-m", "cache_schema", "doctor", location, "--repair"])
+            console.result(f"to repair it: {told}")
+        else:
+            console.result("a repair has nothing to do about this")
         return DAMAGED
     carry_out(plan)
-    print(f"\nrepaired; next: {found.manifest.stage1_command}" if plan.for_stage1 else "\nrepaired")
+    console.result(f"repaired; next: {found.manifest.stage1_command}" if plan.for_stage1 else "repaired")
     if plan.left:
         return DAMAGED
     return 0 if found.complete and not plan.for_stage1 else IncompleteCache.exit_code
