@@ -4,7 +4,7 @@ runs/<name>/
   recipe.json                                       the recipe as last run
   students/<student>/alignment.json                 how many of its positions have a teacher, a task
   students/<student>/<arm>/checkpoints/step-000200/ adapter, optimizer, state
-  students/<student>/<arm>/metrics.jsonl            a line a step;  tensorboard/ beside it
+  students/<student>/<arm>/metrics.jsonl            a line a step; tensorboard/, trackers.json beside it
   predictions/<student or reference>/<condition>/   what was generated
   report/                                           report.html with its viewer.json; results.json, table.md,
                                                     details.md of a mixture, pictures
@@ -35,6 +35,11 @@ class ArmDir:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def trackers(self) -> Path:
+        """The names of its runs in other trackers."""
+        return self.root / "trackers.json"
 
     @property
     def checkpoints(self) -> Path:

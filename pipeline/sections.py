@@ -151,6 +151,9 @@ class Train(Section):
         description="which teacher position a student position is compared with where tokenizers differ (uld). "
         "boundary: the one that has read exactly the same answer text; index: the one of the same number",
     )
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        ["tensorboard"], description="where the metrics are shown besides metrics.jsonl (no part of an arm's identity)"
+    )
 
 
 class Needs(NamedTuple):

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pipeline.fingerprint import Experiment
     from stage2_student.arms import plan
+    from stage2_student.trackers import check_installed
 
     experiment = Experiment(recipe)
     if args.probe is not None:
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     group = _joined(recipe) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     with group.agree() if group is not None else nullcontext():
+        check_installed(recipe.train.trackers)
         arms = plan(experiment, args.student, args.arm)
         reader = experiment.open_cache() if group is not None else None
     if group is not None and reader is not None:  # before anything is decided: each has a run folder of its own, maybe
@@ -176,7 +178,7 @@ def _in_processes(count: int, arguments: Sequence[str]) -> int:
     os.environ[ANSWERED] = str(os.getpid())
     handles = "--signals-to-handle=SIGHUP,SIGQUIT"  # not those that `stopping` passes on
     try:
-        with deferred("this step is done and saved", tell):
+        with deferred("", tell):
             torchrun(["--standalone", handles, f"--nproc_per_node={count}", "-m", "stage2_student", *arguments])
     except ChildFailedError as error:
         if (signum := requested()) is not None:

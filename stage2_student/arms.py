@@ -26,9 +26,9 @@ from pipeline.sections import Alignment, Arm, Train
 from stage2_student.checkpoint import complete_steps, storage_errors, sweep
 from stage2_student.order import BLOCK, WINDOW
 
-# The keys of `train` that are no part of an arm's identity: repeats are arms of their own, each with its own seed, and
-# alignment stands beside the loss that needs it.
-NO_IDENTITY = {"micro_batch_size", "repeats", "alignment"}
+# The keys of `train` that are no part of an arm's identity: repeats are arms of their own, each with its own seed,
+# alignment stands beside the loss that needs it, and trackers only show.
+NO_IDENTITY = {"micro_batch_size", "repeats", "alignment", "trackers"}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What a run says about itself: `metrics.jsonl`, a JSON object a step, and the same in TensorBoard. Called by `train`.
+"""What a run says about itself: `metrics.jsonl`, a JSON object a step, and the same in `train.trackers`: TensorBoard
+unless another is named. Called by `train`.
 
     {"step": 12, "loss": 0.61, "ce": 0.43, "logit_mse": 0.36, "lr": 0.0002, "grad_norm": 0.8, "positions": 4810, ...}
 
@@ -11,50 +12,69 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 from cache_schema.atomic import publish
 from pipeline.run_dir import ArmDir
 from stage2_student.checkpoint import storage_errors
+from stage2_student.trackers import Trackers
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class MetricsLog:
-    """The open log of one arm, cut back to the `done` steps that the checkpoint holds. A context manager."""
+    """The open log of one arm, cut back to the `done` steps that the checkpoint holds. A context manager.
 
-    def __init__(self, folder: ArmDir, done: int) -> None:
-        self._path = folder.metrics
+    trackers: as `train.trackers`. config: what the arm is, shown there.
+    """
+
+    def __init__(
+        self, folder: ArmDir, done: int, trackers: Sequence[str] = ("tensorboard",), config: Mapping[str, Any] = _NONE
+    ) -> None:
+        self._path, self._board = folder.metrics, None
         with storage_errors(folder.root, "opening the metrics"), ExitStack() as opened:
-            self._cut_back(done)
+            last = self._cut_back(done)
             self._file = opened.enter_context(self._path.open("a", encoding="utf-8", buffering=1))
-            self._board = opened.enter_context(_Board(folder.tensorboard, purge_step=done + 1))
+            if "tensorboard" in trackers:
+                self._board = opened.enter_context(_Board(folder.tensorboard, purge_step=done + 1))
+            self._others = opened.enter_context(Trackers(trackers, folder, config, last))
             self._opened = opened.pop_all()
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append one step, `metrics["step"]`."""
         with storage_errors(self._path, "writing the metrics"):
             self._file.write(json.dumps(metrics) + "\n")
-            self._board.write(int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"})
+            step, values = int(metrics["step"]), {name: value for name, value in metrics.items() if name != "step"}
+            if self._board is not None:
+                self._board.write(step, values)
+        self._others.write(step, values)
 
     def flush(self) -> None:
         """On the disk, so that a checkpoint never outlives the steps that led to it."""
         with storage_errors(self._path, "writing the metrics"):
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._board.flush()
+            if self._board is not None:
+                self._board.flush()
 
-    def _cut_back(self, done: int) -> None:
-        kept = []
-        if done and self._path.exists():
+    def _cut_back(self, done: int) -> int:
+        """The last step that was written, whether it is kept or taken again."""
+        kept, last = [], 0
+        if self._path.exists():
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    of_the_checkpoint = json.loads(line)["step"] <= done
+                    step = json.loads(line)["step"]
+                    last = max(last, step)
                 except (ValueError, LookupError, TypeError):  # half a line, where the process died; or damage
                     continue
-                if of_the_checkpoint:
+                if step <= done:
                     kept.append(line + "\n")
         publish(self._path, "".join(kept).encode())
+        return last
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -147,7 +147,7 @@ def train_arm(
                 opened.enter_context(claimed(arm))
                 if done:
                     checkpoint.load(arm.folder.checkpoint(done), student.model, student.parameters, optimizer)
-                log = opened.enter_context(MetricsLog(arm.folder, done))
+                log = opened.enter_context(MetricsLog(arm.folder, done, settings.trackers, arm.identity))
                 bar = opened.enter_context(progress(arm.label, settings.steps, "steps", done))
         group.share(student, optimizer, done)
 
