@@ -176,7 +176,6 @@ def _repair(location: str, console: Console) -> int:
     report = repair(location, console.progress)
     console.facts(**_facts(report.found), rewritten=report.rewritten, set_aside=report.set_aside)
     console.facts(left=[str(problem) for problem in report.left])
-    manifest = report.found.manifest
     for problem in report.found.problems:
         console.result(f"BAD        {problem}")
     for name in report.rewritten:
@@ -193,7 +192,7 @@ def _repair(location: str, console: Console) -> int:
     if report.for_stage1:
         many = "shards" if len(report.shards) > 1 else "shard"
         again = f"{many} {', '.join(map(str, report.shards))}" if report.shards else "what is missing"
-        console.result(f"next: {manifest.stage1_command}   makes {again} again, and nothing else")
+        console.result(f"next: {report.found.next_command}   makes {again} again, and nothing else")
         return 0
     if not report.found.complete:
         console.result("what is there is good")
@@ -227,7 +226,7 @@ def _doctor(location: str, do_repair: bool, console: Console) -> int:
             console.result("a repair has nothing to do about this")
         return DAMAGED
     carry_out(plan)
-    console.result(f"repaired; next: {found.manifest.stage1_command}" if plan.for_stage1 else "repaired")
+    console.result(f"repaired; next: {found.next_command}" if plan.for_stage1 else "repaired")
     if plan.left:
         return DAMAGED
     return 0 if found.complete and not plan.for_stage1 else IncompleteCache.exit_code
@@ -242,7 +241,7 @@ def _yes(question: str) -> bool:
 
 def _incomplete(found: VerifyReport) -> IncompleteCache:
     manifest = found.manifest
-    return IncompleteCache(found.store.location, manifest.shards, found.missing, manifest.stage1_command)
+    return IncompleteCache(found.store.location, manifest.shards, found.missing, found.next_command)
 
 
 def _facts(report: VerifyReport) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def _treatment(plan: RepairReport) -> list[str]:
     if plan.for_stage1:
         again = f"examples {_examples(plan.found.manifest, plan.shards)}" if plan.shards else "what is not there then"
         first = "then" if lines else "nothing is to be moved;"
-        lines.append(f"{first} this makes {again} again, and nothing else: {plan.found.manifest.stage1_command}")
+        command = plan.found.next_command
+        lines.append(f"{first} this makes {again} again, and nothing else: {command}")
     if plan.left:
         lines.append("what is beyond repair: copy the cache again, or make it again in another folder")
     return lines
@@ -157,7 +158,7 @@ def _missing(found: VerifyReport) -> list[str]:
             "computed yet, or taken out by a repair",
             "students are not trained on a part of a cache: they stop, and say so",
         ]
-    return [*what, f"to go on where it stopped: {manifest.stage1_command}"]
+    return [*what, f"to go on where it stopped: {found.next_command}"]
 
 
 def _left_about(store: Store, sealed: bool, left: Leftovers) -> list[str]:

@@ -167,11 +167,12 @@ class Manifest:
         """The input examples planned into a shard."""
         return range(shard * self.shard_examples, min((shard + 1) * self.shard_examples, self.examples))
 
-    @property
-    def stage1_command(self) -> str:
-        """What to type to complete this cache; the recipe's name is provenance."""
+    def stage1_command(self, location: str) -> str:
+        """What to type to complete this cache, where it lies now; the recipe's name is provenance. Of the command that
+        made it nothing else is repeated: it may be a stranger's."""
         recipe = str(self.provenance.get("recipe", "NAME"))
-        return f"python -m stage1_teacher --recipe {shlex.quote(recipe) if recipe.isprintable() else 'NAME'}"
+        named = shlex.quote(recipe) if recipe.isprintable() else "NAME"
+        return f"python -m stage1_teacher --recipe {named} --set {shlex.quote(f'cache.dir={location}')}"
 
     def dump(self) -> bytes:
         """The bytes of `manifest.json`."""

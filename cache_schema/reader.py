@@ -79,7 +79,7 @@ class CacheReader:
                 recorded = recorded_shards(store)
         if require_sealed:
             missing = sorted(set(range(manifest.shards)) - set(recorded))
-            raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command)
+            raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command(store.location))
         records = store.map(lambda shard: CommitRecord.load_listed(store, shard, manifest), recorded)
         return cls(store, manifest, records, False, memory_bytes)
 

@@ -52,6 +52,11 @@ class VerifyReport:
     orphans: list[str] = field(default_factory=list)  # data files that no record names: harmless, swept when sealed
 
     @property
+    def next_command(self) -> str:
+        """What makes again what is missing, and nothing else."""
+        return self.manifest.stage1_command(self.store.location)
+
+    @property
     def good(self) -> bool:
         """Nothing that was committed is damaged."""
         return not self.problems

@@ -185,7 +185,9 @@ class CacheWriter:
         except FileNotFoundError:
             missing = self.missing()
             if missing:
-                raise IncompleteCache(store.location, manifest.shards, missing, manifest.stage1_command) from None
+                raise IncompleteCache(
+                    store.location, manifest.shards, missing, manifest.stage1_command(store.location)
+                ) from None
             records = store.map(lambda shard: CommitRecord.load_listed(store, shard, manifest), range(manifest.shards))
             seal = Seal(tuple(records))
             data = seal.dump(manifest)

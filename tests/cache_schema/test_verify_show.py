@@ -399,7 +399,7 @@ def test_repair_says_what_it_did_and_what_is_left_to_do(toy, cache, capsys):
         "set aside  sealed.json",
         "set aside  shards/00001.json",
         f"set aside  shards/{victim.name}",
-        "next: python -m stage1_teacher --recipe toy   makes shard 1 again, and nothing else",
+        f"next: python -m stage1_teacher --recipe toy --set cache.dir={cache}   makes shard 1 again, and nothing else",
     ]
     assert main(["repair", str(cache)]) == 3
     out, errors = capsys.readouterr()
