@@ -71,7 +71,15 @@ def test_command_lines_answer_before_anything_heavy_is_imported(package):
 
 @pytest.mark.parametrize(
     "command",
-    [*sorted(PACKAGES), "pipeline run", "pipeline show", "cache_schema verify", "cache_schema show"],
+    [
+        *sorted(PACKAGES),
+        "pipeline run",
+        "pipeline plan",
+        "pipeline sweep",
+        "pipeline export",
+        "cache_schema verify",
+        "cache_schema show",
+    ],
 )
 def test_help_needs_nothing_but_python(command):
     """Without site-packages (-S) there is no torch, pydantic, pyarrow or numpy to wait for."""
