@@ -1,13 +1,14 @@
 """Every command line ends its --help with examples, and each of them is one that the command takes."""
 
 import argparse
+import re
 import shlex
 from importlib import import_module
 
 import pytest
 
 MODULES = ("cache_schema", "pipeline", "pipeline.pocket", "stage1_teacher", "stage2_student", "stage3_eval")
-STARTS = ("python -m ", "torchrun --standalone --nproc_per_node 8 -m ")
+LINE = re.compile(r"(?:eval \"\$\()?(?:python|torchrun --standalone --nproc_per_node 8) -m (.*?)(?:\)\"| \| source)?$")
 
 
 def line_of(module):
@@ -36,8 +37,7 @@ def test_the_examples_of_a_help_page_are_taken(module, leaf):
     found = examples(leaf)
     assert found
     for line in found:
-        start = next(start for start in STARTS if line.startswith(start))
-        named, *arguments = shlex.split(line.removeprefix(start))
+        named, *arguments = shlex.split(LINE.match(line).group(1))
         assert named == module
         assert leaf.prog.split()[3:] == arguments[: len(leaf.prog.split()) - 3], "an example of another sub-command"
         line_of(module).parse_args(arguments)
