@@ -71,11 +71,12 @@ def compared(students: Mapping[str, StudentRows], against: str) -> dict[str, Any
     """`students` and `compared` of the comparison. What several points made alike is compared once."""
     made = {name: _student(rows, against) for name, rows in students.items()}
     tables = [table for blocks in made.values() for of in blocks.values() for table in of["tables"].values()]
-    alike: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    alike: dict[tuple[int, str, str], list[dict[str, Any]]] = {}  # of the same answers minus the same answers
     for number, table in enumerate(tables):
+        to = {row["arm"]: row["answers"] for row in table["rows"] if row["point"] == against}
         for row in table["rows"]:
             if row["difference"]:
-                alike.setdefault((number, row["answers"]), []).append(row["difference"])
+                alike.setdefault((number, row["answers"], to[row["arm"]]), []).append(row["difference"])
     adjust(differences[0] for differences in alike.values())
     for first, *others in alike.values():
         for other in others:

@@ -53,6 +53,17 @@ def test_what_was_trained_once_is_compared_once():
     assert found["students"]["s"]["test"]["best"]["among"] == 4
 
 
+def test_one_training_of_two_arms_is_two_comparisons_where_they_are_with_two_trainings():
+    """At b both arms are trained alike, at a they are not: each difference has its own p-value."""
+    at_a = [arm("a", 8, name="weak", trained="x"), arm("a", 13, name="strong", trained="y")]
+    found = compared({"s": StudentRows([*at_a, *(arm("b", 15, name=n, trained="z") for n in ("weak", "strong"))])}, "a")
+    plain = [mcnemar(7, 0), mcnemar(2, 0)]
+    differences = [rows_of(found)["b", name]["difference"] for name in ("weak", "strong")]
+    assert [of["p"] for of in differences] == plain
+    assert [of["p_holm"] for of in differences] == holm(plain)
+    assert found["compared"] == 2
+
+
 def test_an_arm_is_compared_with_the_same_arm_only():
     found = compared({"s": StudentRows([arm("a", 8, name="sft"), arm("b", 14)])}, "a")
     assert rows_of(found)["b", "distill"]["difference"] is None and found["compared"] == 0
