@@ -9,10 +9,9 @@ import shlex
 from pathlib import Path
 
 from pipeline.cli import add_recipe_arguments, recipe_arguments, recipe_of
-from pipeline.errors import RecipeError, RunError
+from pipeline.errors import RecipeError
 from pipeline.output import result
-from pipeline.stages import stage_command
-from pipeline.stopping import run_child
+from pipeline.stages import run_stage, stage_command
 
 HELP = "a student or the cache as a folder that others load, with its card"
 EXAMPLES = (
@@ -55,14 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """Start stage 2's export, or copy the cache."""
     recipe = recipe_of(args)
     if not args.cache:
-        python = stage_command("stage2_student", recipe, ())[0]
-        command = [python, "-m", "stage2_student.export", *recipe_arguments(args), *export_arguments(args)]
-        try:
-            return run_child(command)
-        except OSError as error:
-            raise RunError(
-                f"runtime.python.stage2_student: expected a Python interpreter, found {python}: {error.strerror}"
-            ) from None
+        arguments = [*recipe_arguments(args), *export_arguments(args)]
+        return run_stage(stage_command("stage2_student.export", recipe, arguments))
     for_students = [f"--{name}" for name in ("checkpoint", "merge", "base") if getattr(args, name)]
     if for_students:
         raise RecipeError(f"--cache: {', '.join(for_students)} is about a student; leave one of the two out")

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import add_recipe_arguments, positive, recipe_arguments, recipe_of
 from pipeline.errors import RunError
-from pipeline.stages import stage_command
-from pipeline.stopping import run_child
+from pipeline.stages import run_stage, stage_command
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -94,12 +93,7 @@ def _finite(value: Any) -> Any:
 def _measured(stage: str, recipe: "Recipe", arguments: list[str]) -> int:
     """Start a stage's probe and wait for it; its exit code."""
     command = stage_command(stage, recipe, arguments)
-    try:
-        code = run_child(command)
-    except OSError as error:
-        raise RunError(
-            f"runtime.python.{stage}: expected a Python interpreter, found {command[0]}: {error.strerror}"
-        ) from None
+    code = run_stage(command)
     if code:
         said = f"no plan: {stage} could not be measured (exit code {code})"
         if "--probe-dry" not in arguments:

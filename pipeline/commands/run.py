@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, add_recipe_arguments, recipe_arguments, recipe_of
 from pipeline.errors import RunError
 from pipeline.output import facts, result
-from pipeline.stages import STAGES, stage_command
-from pipeline.stopping import run_child
+from pipeline.stages import STAGES, run_stage, stage_command
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -46,12 +45,7 @@ def run(args: argparse.Namespace) -> int:
         command = stage_command(stage, recipe, recipe_arguments(args))
         print(f"\n=== stage {number} of 3: {shlex.join(['python', *command[1:]])}", flush=True)
         before = time.monotonic()
-        try:
-            code = run_child(command)
-        except OSError as error:
-            raise RunError(
-                f"runtime.python.{stage}: expected a Python interpreter, found {command[0]}: {error.strerror}"
-            ) from None
+        code = run_stage(command)
         incomplete |= code == EXIT_INCOMPLETE
         if code and not (stage == "stage2_student" and code == EXIT_INCOMPLETE):  # the arms that are trained are scored
             resume = shlex.join(["python", "-m", "pipeline", "run", *recipe_arguments(args)])

@@ -14,10 +14,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from pipeline.cli import EXIT_INCOMPLETE, add_executor_argument, add_recipe_arguments, recipe_arguments
-from pipeline.errors import RecipeError, RunError, UserError
+from pipeline.errors import RecipeError, UserError
 from pipeline.output import QUIET, mode, result
-from pipeline.stages import STAGES, stage_command
-from pipeline.stopping import deferred, run_child
+from pipeline.stages import STAGES, run_stage, stage_command
+from pipeline.stopping import deferred
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -77,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
             return code
     failed = _run_points(found, left, args.jobs, args.jobs > 1 or mode() == QUIET)
     swept = [part for name in ("over", "against") for text in getattr(args, name) for part in (f"--{name}", text)]
-    python = stage_command("stage3_eval", found[0].recipe, ())[0]
     print("\n=== comparison", flush=True)
-    compared = _started([python, "-m", "stage3_eval.sweep", *recipe_arguments(args), *swept], "stage3_eval")
+    compared = run_stage(stage_command("stage3_eval.sweep", found[0].recipe, [*recipe_arguments(args), *swept]))
     if failed:
         lines = [f"{len(failed)} of {len(found)} points are not finished; to try one of them alone:"]
         for number, why in failed.items():
@@ -174,15 +173,6 @@ def _stage(stage: str, recipe: "Recipe", arguments: Sequence[str], logged: "Poin
     command = stage_command(stage, recipe, arguments)
     if logged is None:
         print(f"\n=== {shlex.join(['python', *command[1:]])}", flush=True)
-        return _started(command, stage)
+        return run_stage(command)
     with (logged.run_dir.root / LOG).open("ab") as log:
-        return _started(command, stage, log.fileno())
-
-
-def _started(command: Sequence[str], stage: str, stdout: int | None = None) -> int:
-    try:
-        return run_child(command, stdout)
-    except OSError as error:
-        raise RunError(
-            f"runtime.python.{stage}: expected a Python interpreter, found {command[0]}: {error.strerror}"
-        ) from None
+        return run_stage(command, log.fileno())
