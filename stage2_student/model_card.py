@@ -91,10 +91,10 @@ class Reported:
         return numbers
 
     def _scored(self, student: str, condition: str, block: str, adapter_sha256: str) -> bool:
-        """Whether the predictions of this condition and block, the newest ones, are of this adapter."""
-        folder = self._run_dir.predictions(student, condition)
-        files = sorted(folder.glob(f"{block}-*.jsonl.zst"), key=lambda path: path.stat().st_mtime)
-        return bool(files) and _adapter_of(files[-1]) == adapter_sha256
+        """Whether the predictions that the report scored of this condition and block are of this adapter."""
+        scored = self._results.get("provenance", {}).get("predictions", {}).get(student, {})
+        name = Path(scored.get(f"{condition} on {block}", {}).get("file", "")).name
+        return bool(name) and _adapter_of(self._run_dir.predictions(student, condition) / name) == adapter_sha256
 
 
 def _cell_of(row: Mapping[str, Any], index: int | None, step: int) -> Mapping[str, Any] | None:

@@ -107,12 +107,18 @@ def test_a_checkpoint_of_the_curve_has_the_curves_numbers(scored, tmp_path):
     assert f"| gsm8k | test | strict | {point['n']} | {100 * point['mean']:.2f} % |" in text
 
 
-def test_numbers_of_another_adapter_are_not_shown(scored, tmp_path):
-    """Trained again since it was scored: the predictions that the report is made of are not this adapter's."""
+@pytest.mark.parametrize("answered", [False, True])
+def test_numbers_of_another_adapter_are_not_shown(scored, tmp_path, answered):
+    """Trained again since it was scored: the predictions that the report is made of are not this adapter's, even if
+    there are some that are by now (answered): stage 3 was stopped before its report."""
     shutil.copytree(scored.parent / "run", tmp_path / "run")
     checkpoints = tmp_path / "run/students/toy/distill/checkpoints"
     for name in ("adapter_model.safetensors", "state.json"):
         shutil.copyfile(checkpoints / "step-000002" / name, checkpoints / "step-000004" / name)
+    if answered:
+        predictions = tmp_path / "run/predictions/toy"
+        (of_the_other,) = (predictions / "distill@2").glob("test-*")
+        shutil.copyfile(of_the_other, predictions / "distill@4" / of_the_other.name)  # the newest there
     arguments = ["--recipe", str(scored), "--set", f"run_dir={tmp_path / 'run'}", "--to", str(tmp_path / "to")]
     assert export(arguments) == 0
     assert "None: this checkpoint has not been scored" in (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
