@@ -44,7 +44,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch):
     stages = Stages()
-    monkeypatch.setattr("pipeline.commands.sweep.run_child", stages.run)
+    monkeypatch.setattr("pipeline.commands.sweep.run_stage", stages.run)
     return stages
 
 
@@ -54,7 +54,7 @@ def swept(tmp_path_factory):
     folder, stages = tmp_path_factory.mktemp("sweep"), Stages()
     recipe = toys.tiny_recipe(folder, data={"eval_limit": 4})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.commands.sweep.run_child", stages.run)
+        patch.setattr("pipeline.commands.sweep.run_stage", stages.run)
         assert main(["sweep", "--recipe", str(recipe), *OVER]) == 0
     return folder, stages
 
