@@ -7,8 +7,9 @@ which something is missing is listed with its reason, and the others are compare
 import argparse
 import io
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = points(args.recipe, args.overrides, args.over)
     against, blocks = chosen(found, args.against), Blocks(found[0].recipe)
     students: dict[str, StudentRows] = {}
+    caches: dict[str, str] = {}
     listed: list[dict[str, Any]] = []
     with progress("comparison", len(found), "points") as bar:
         for point in found:
-            missing = _read(point, blocks, students)
+            missing = _read(point, blocks, students, caches)
             run_dir = str(point.run_dir.root)
             told = {"point": point.label, "settings": dict(point.settings), "run_dir": run_dir, "missing": missing}
             listed.append(told)
@@ -76,8 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_INCOMPLETE if any(of["missing"] for of in listed) else 0
 
 
-def _read(point: "Point", blocks: "Blocks", students: "dict[str, StudentRows]") -> dict[str, str]:
-    """Put a point's scores into the students' rows; what of it is missing, and why."""
+def _read(
+    point: "Point", blocks: "Blocks", students: "dict[str, StudentRows]", caches: dict[str, str]
+) -> dict[str, str]:
+    """Put a point's scores into the students' rows; what of it is missing, and why.
+
+    caches: the fingerprint of the cache that points were trained from -> the first one of these points.
+    """
     from pipeline.errors import UserError
     from stage3_eval.evaluate import ModelRun
     from stage3_eval.report.sweep import StudentRows
@@ -92,12 +99,31 @@ def _read(point: "Point", blocks: "Blocks", students: "dict[str, StudentRows]") 
         except UserError as error:
             missing[student] = str(error)
             continue
+        found = sorted({str(run.trained_with["cache"]) for run in model.runs if "cache" in run.trained_with})
+        for cache in found:
+            caches.setdefault(cache, point.label)
+        if other := next((cache for cache in found if cache != next(iter(caches))), None):
+            missing[student] = _other_cache(point, other, caches)
+            continue
         of_student = students.setdefault(student, StudentRows())
         of_student.arms += [row for row in rows if row is not None]
         of_student.baselines = of_student.baselines or untouched
         lacking = {run.name for run in point.recipe.arm_runs} - {run.name for run in model.runs}
         missing |= {f"{student}/{name}": "it has no answers" for name in sorted(lacking)}
+        steps = point.recipe.train.steps
+        short = {run.name: run.last for run in model.runs if run.last < steps}
+        missing |= {f"{student}/{name}": f"its last answers are of step {at} of {steps}" for name, at in short.items()}
     return missing
+
+
+def _other_cache(point: "Point", other: str, caches: Mapping[str, str]) -> str:
+    """Why a point is left out that was trained from another cache: data or a teacher's folder changed in between."""
+    cache, first = next(iter(caches.items()))
+    return (
+        f"trained from the cache {other[:12]}, but {first} from {cache[:12]}, and only points of one cache are "
+        "compared; remove the folder of the one that is out of date, and run the same sweep "
+        f"(of this one: rm -r {shlex.quote(str(point.run_dir.root))})"
+    )
 
 
 def _arm_row(point: "Point", model: "Evaluated", arm: str, blocks: "Sequence[Block]") -> "ArmRow | None":

@@ -165,6 +165,35 @@ def test_a_failed_point_does_not_stop_the_others(swept, stages, tmp_path, capsys
     assert len(comparison(copy)["students"]["toy"]["test"]["tables"]["gsm8k"]["rows"]) == 6
 
 
+def test_points_of_two_caches_are_not_compared(tmp_path, stages, monkeypatch):
+    """The training rows changed between two calls: the finished point is of the old cache, the new one of another."""
+    monkeypatch.chdir(tmp_path)
+    few = {"cache": {"dir": None}, "train": {"steps": 2}, "eval": {"baselines": ["zero_shot"]}}
+    recipe = toys.tiny_recipe(tmp_path, data={"eval_limit": 4}, **few)
+    assert main(["sweep", "--recipe", str(recipe), "--over", "train.lr=1e-3"]) == 0
+    toys.write_jsonl(tmp_path / "data" / "gsm8k" / "train.jsonl", toys.rows(24, start=40))
+    assert main(["sweep", "--recipe", str(recipe), "--over", "train.lr=1e-3,2e-2"]) == 3
+    assert len(list((tmp_path / "caches").iterdir())) == 2
+    found = comparison(tmp_path)
+    old, new = (point["missing"] for point in found["points"])
+    assert old == {} and "only points of one cache are compared" in new["toy"] and "rm -r" in new["toy"]
+    assert {row["point"] for row in found["students"]["toy"]["test"]["tables"]["gsm8k"]["rows"]} == {"train.lr=0.001"}
+
+
+def test_a_point_that_is_not_trained_to_the_end_says_so(swept, tmp_path, stages):
+    """Its row is of an earlier step than the others'."""
+    folder, _ = swept
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    recipe = toys.tiny_recipe(tmp_path, data={"eval_limit": 4}, arms={"sft": None})
+    over = ["--over", "train.seed=0,1"]
+    assert main(["sweep", "--recipe", str(recipe), *over]) == 0
+    (point,) = (Path(of["run_dir"]) for of in comparison(tmp_path)["points"] if of["settings"] == {"train.seed": 1.0})
+    shutil.rmtree(point / "predictions" / "toy" / "distill@4")
+    assert main(["sweep", "--recipe", str(recipe), *over]) == 3
+    first, second = (of["missing"] for of in comparison(tmp_path)["points"])
+    assert (first, second) == ({}, {"toy/distill": "its last answers are of step 2 of 4"})
+
+
 def test_nothing_starts_where_a_point_is_wrong(swept, stages):
     folder, _ = swept
     for over in ("train.lr=1e-3,-1", "cache.top_k=8,16", "train.nosuch=1"):
