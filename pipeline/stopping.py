@@ -116,10 +116,11 @@ def run_child(command: Sequence[str], stdout: int | None = None) -> int:
 def tell_sessions(signum: int) -> None:
     """Pass a signal on to those of our child processes that lead a session of their own, as torchrun's workers do."""
     for children in Path("/proc/self/task").glob("*/children"):
-        for pid in map(int, children.read_text().split()):
-            with suppress(ProcessLookupError):
-                if os.getsid(pid) == pid:
-                    os.kill(pid, signum)
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            for pid in map(int, children.read_text().split()):
+                with suppress(ProcessLookupError):
+                    if os.getsid(pid) == pid:
+                        os.kill(pid, signum)
 
 
 def how_to_go_on() -> str:
@@ -138,7 +139,7 @@ def how_to_go_on() -> str:
 def _handle(signum: int, frame: FrameType | None) -> None:
     _state.counted += signum in _COUNTED
     if signum == END or _state.counted > 1:
-        for tell in _state.told:
+        for tell in tuple(_state.told):  # which threads change meanwhile
             tell(END)
         shown_again = b"\x1b[?25h" if os.isatty(2) else b""  # the cursor, which a progress bar hides
         os.write(2, shown_again + b"\nstopped at once; what was finished before is kept\n")
@@ -149,7 +150,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if first and _state.safe_points:
         if _state.safe_points[-1] and int(os.environ.get("RANK", "0")) == 0:
             os.write(2, f"\nstopping when {_state.safe_points[-1]}; once more stops at once\n".encode())
-        for tell in _state.told:
+        for tell in tuple(_state.told):
             tell(ASK)
     elif first:
         raise Stopped(signum)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import stopping
+
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 import os, signal, sys
@@ -72,6 +74,21 @@ def test_an_ignored_signal_stays_ignored():
     command = ["env", "--ignore-signal=INT", sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0 and "gone on" in done.stdout
+
+
+def test_every_child_is_told_though_one_ends_meanwhile(monkeypatch):
+    """As in a sweep of several jobs: the thread of a child that has ended takes it off while the others are told."""
+    state, told = stopping._State(), []
+    monkeypatch.setattr(stopping, "_state", state)
+
+    def ended(signum):
+        told.append(signum)
+        state.told.remove(ended)
+
+    state.safe_points.append("")
+    state.told += [ended, told.append, told.append]
+    stopping._handle(stopping.ASK, None)
+    assert told == [stopping.ASK] * 3 and state.asked == stopping.ASK
 
 
 PARENT = """
