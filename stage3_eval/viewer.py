@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT, FILE = "logitbank viewer 2", "viewer.json"
 EXAMPLES = 8  # of a student
 POOL = 24  # read to find the ones where training changed the student most
+_LONG_S = 1e9  # more than a shard can have taken: records may be a stranger's
 _SCANNED = 20_000  # rows of a cache looked through for an example that was scored
 
 
@@ -73,7 +74,7 @@ def cache_facts(reader: "CacheReader") -> dict[str, Any]:
     """What a cache holds and what it took, as far as its records say. seconds: None where they do not."""
     manifest, totals = reader.manifest, reader.totals()
     seconds = [record.provenance.get("seconds") for record in reader.records]
-    known = [float(value) for value in seconds if isinstance(value, int | float)]
+    known = [float(value) for value in seconds if isinstance(value, int | float) and 0 <= value < _LONG_S]
     return {
         "fingerprint": manifest.fingerprint,
         "location": reader.location,

@@ -88,6 +88,8 @@ class Reading:
         encoded = self._of(index)
         prompt = encoded.input_ids[: encoded.answer_start]
         logits_MV = self._engine.answer_logits(prompt, encoded.answer_ids, condition.adapter).numpy()
+        if not np.isfinite(logits_MV).all():  # JSON has no number for what would come of it
+            raise ModelError(f"{condition.name}: its logits are not finite")
         return student_probabilities(logits_MV, self.temperature)
 
     def _of(self, index: int) -> "Encoded":

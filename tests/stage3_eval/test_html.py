@@ -17,9 +17,10 @@ from pipeline.recipe import load_recipe
 from stage3_eval.__main__ import main
 from stage3_eval.blocks import Blocks
 from stage3_eval.evaluate import ModelRun
+from stage3_eval.generate.hf import HFEngine
 from stage3_eval.report.html import _SCRIPTS, _file, island, page
 from stage3_eval.report.html.collect import thinned
-from stage3_eval.viewer import _identity, _kept, _most_changed, _scored
+from stage3_eval.viewer import _identity, _kept, _most_changed, _scored, cache_facts
 from stage3_eval.viewer_rows import disagreement, mean_of
 
 
@@ -234,6 +235,30 @@ def test_a_cache_that_is_gone_is_a_reason_and_no_error(made, tmp_path):
         assert main(["--recipe", str(root / "recipe.yaml"), *overrides]) == 0
     data = data_of(tmp_path / "run" / "report" / "report.html")
     assert str(tmp_path / "nothing") in data["viewer"]["missing"]["token viewer"] and data["cost"]["cache"] is None
+
+
+def test_a_student_without_finite_logits_is_a_reason_and_no_error(made, tmp_path):
+    root, _ = made
+    shutil.copytree(root / "run", tmp_path / "run")
+    (tmp_path / "run" / "report" / "viewer.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        real = HFEngine.answer_logits
+        patch.setattr(HFEngine, "answer_logits", lambda *of: real(*of) * float("nan"))
+        assert main(["--recipe", str(root / "recipe.yaml"), "--set", f"run_dir={tmp_path / 'run'}"]) == 0
+    data = data_of(tmp_path / "run" / "report" / "report.html")
+    assert "not finite" in data["viewer"]["missing"]["token viewer of toy"] and data["results"]["students"]["toy"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(1.5, 4.5), (1e308, None), (10**400, None), (-1, None), ("2", None)],
+    ids=["ours", "infinite sum", "no float", "negative", "text"],
+)
+def test_the_seconds_of_a_strangers_records_are_numbers_or_not_known(made, seconds, shown):
+    reader = CacheReader.open(made[0] / "cache")
+    reader.records = [replace(record, provenance={"seconds": seconds}) for record in reader.records][:3]
+    assert cache_facts(reader)["seconds"] == shown
 
 
 def test_other_checkpoints_are_looked_into_again(made, tmp_path):
