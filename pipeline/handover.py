@@ -62,11 +62,16 @@ def check_empty(to: Path) -> None:
         )
 
 
+class _Public(Exception):
+    """Private was asked for, and the repository is not."""
+
+
 def push(folder: Path, repo: str, *, kind: str = "model", private: bool = False) -> str:
     """Upload a folder to a repository of the Hub, made where there is none; its address.
 
-    kind: `model` or `dataset`. The token is huggingface_hub's own: HF_TOKEN, else that of `hf auth login`. The Hub is
-    HF_ENDPOINT, where that is set. Raises RunError, with the command that tries the upload again, where it fails.
+    kind: `model` or `dataset`. private: nothing goes to a repository that is there already and public. The token is
+    huggingface_hub's own: HF_TOKEN, else that of `hf auth login`. The Hub is HF_ENDPOINT, where that is set. Raises
+    RunError, with the command that tries the upload again, where it fails.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -74,10 +79,17 @@ def push(folder: Path, repo: str, *, kind: str = "model", private: bool = False)
     disable_progress_bars()
     api = HfApi()
     try:
-        api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)
+        made = api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)
+        if private and not api.repo_info(made.repo_id, repo_type=kind).private:
+            raise _Public
         api.upload_folder(repo_id=repo, folder_path=str(folder), repo_type=kind, commit_message="Upload, with its card")
+    except _Public:
+        raise RunError(
+            f"--private: {repo} is there already and everybody can read it, so nothing was uploaded; make it private "
+            f"in its settings, choose another name, or leave --private out\n  {folder} is written and kept"
+        ) from None
     except Exception as error:  # whatever the Hub, the network and the clients of both make of it
-        again = ["hf", "upload", repo, str(folder), ".", "--repo-type", kind]
+        again = ["hf", "upload", repo, str(folder), ".", "--repo-type", kind, *(["--private"] if private else [])]
         raise RunError(
             f"--push {repo}: {_refusal(error, repo, api.endpoint)}\n"
             f"  {folder} is written and kept; to upload it: {shlex.join(again)}"

@@ -82,7 +82,7 @@ def test_a_folder_that_somebody_fills_meanwhile_is_left_alone(tmp_path):
 @pytest.mark.parametrize(("kind", "private"), [("model", ""), ("dataset", "private")])
 def test_all_of_a_folder_arrives(folder, kind, private):
     with Hub() as hub:
-        for _ in range(1 if private else 2):  # into the repository that is there already, too
+        for _ in range(2):  # into the repository that is there already, too
             done = pushed(folder, "me/thing", hub.environment("hf_writes"), kind, private)
             assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.strip() == f"{hub.url}/{'datasets/' if kind == 'dataset' else ''}me/thing"
@@ -107,6 +107,21 @@ def test_a_refusal_says_what_to_do(folder, token, repo, words):
         assert not any(hub.files.values())
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert words in done.stderr and "is written and kept; to upload it: hf upload" in done.stderr
+
+
+def test_what_is_to_be_private_never_goes_where_everybody_reads(folder):
+    """Neither into a public repository nor, by the command that is named, into a new one that would be public."""
+    with Hub() as hub:
+        environment = hub.environment("hf_writes")
+        hub.repos["model", "me/thing"], hub.files["model", "me/thing"] = False, {}
+        done = pushed(folder, "me/thing", environment, private="private")
+        assert hub.files["model", "me/thing"] == {} and not any(method == "PUT" for method, _ in hub.requests)
+        assert done.returncode == 2 and "everybody can read it, so nothing was uploaded" in done.stderr
+        assert pushed(folder, "me/thing", environment).returncode == 0, "the control"
+        assert len(hub.files["model", "me/thing"]) == 4
+    for private in ("private", ""):
+        failed = pushed(folder, "me/other", environment, private=private)  # the server is gone
+        assert ("--repo-type model --private" in failed.stderr) == bool(private)
 
 
 def test_no_network_is_no_traceback(folder):

@@ -123,7 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, {})
 
     def do_GET(self) -> None:
-        self._heard()
+        hub, path, _ = self._heard()
+        for (kind, name), private in hub.repos.items():
+            if path == f"/api/{kind}s/{name}":
+                return self._answer(200, {"id": name, "private": private})
         self._answer(404, {"error": "Entry not found"})
 
     def _heard(self) -> tuple[Hub, str, bytes]:
