@@ -294,7 +294,8 @@ def _table(numbers: Sequence[Number], recipe: str) -> str:
                 f"{100 * of.low:.2f} to {100 * of.high:.2f} | {difference} |"
             )
 
-    return "\n".join(rows()) + "\n\nOf this checkpoint alone, greedy decoding, prompts without worked examples."
+    shown = ", but for the split `unseen_few_shot`" if any(of.block == "unseen_few_shot" for of in numbers) else ""
+    return "\n".join(rows()) + f"\n\nOf this checkpoint alone, greedy decoding, prompts without worked examples{shown}."
 
 
 def _merge_limit(merged: "Merged | None") -> str:

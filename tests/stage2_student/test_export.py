@@ -22,7 +22,7 @@ from pipeline.run_dir import RunDir
 from stage2_student import export
 from stage2_student.__main__ import main as train
 from stage2_student.export import main
-from stage2_student.model_card import Number, Reported, _metadata
+from stage2_student.model_card import Number, Reported, _metadata, _table
 
 PROMPT = "Ann has 3 pears and finds 4 more on day 1. How many pears now?"
 
@@ -204,6 +204,12 @@ def test_rows_and_a_base_of_the_hub_are_linked_and_numbers_are_of_the_hubs_data_
     (result,) = data["model-index"][0]["results"]
     assert result["dataset"] == {"type": "openai/gsm8k", "name": "gsm8k", "config": "main", "split": "test"}
     assert result["metrics"] == [{"type": "exact_match", "value": 0.5, "name": "strict"}]
+
+
+def test_the_table_says_which_scores_had_worked_examples():
+    bare, shown = (Number("code", f"unseen_{how}_shot", "passed", 9, 0.5, 0.2, 0.8, None) for how in ("zero", "few"))
+    assert _table([bare], "r").endswith("prompts without worked examples.")
+    assert _table([bare, shown], "r").endswith("worked examples, but for the split `unseen_few_shot`.")
 
 
 def test_the_fingerprint_and_the_command_are_in_the_card(trained, adapter):
