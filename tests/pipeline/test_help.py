@@ -4,9 +4,11 @@ import argparse
 import re
 import shlex
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 MODULES = ("cache_schema", "pipeline", "pipeline.pocket", "stage1_teacher", "stage2_student", "stage3_eval")
 LINE = re.compile(r"(?:eval \"\$\()?(?:python|torchrun --standalone --nproc_per_node 8) -m (.*?)(?:\)\"| \| source)?$")
 
@@ -61,3 +63,28 @@ def test_the_recipes_named_in_examples_are_there():
                 named |= {words[i + 1] for i, word in enumerate(words) if word == "--recipe"}
     assert {name for name in named if not name.endswith(".yaml")} <= set(recipe_names())
     assert named
+
+
+PAGES = [p for p in ROOT.rglob("*.md") if not {".venv", ".venv-vllm", "tests"} & set(p.relative_to(ROOT).parts)]
+TYPED = re.compile(r"^(?: {4}|\$ )?((?:python|torchrun [^#]*?) -m .*?)(?:  +#.*|#.*)?$", re.MULTILINE)
+
+
+def test_the_command_lines_on_the_pages_are_taken():
+    """Those in blocks, alone on their lines. What stands in brackets may be typed; `$X` and the like are the page's."""
+    taken = set()
+    for page in PAGES:
+        text = re.sub(r"\\\n *", "", page.read_text(encoding="utf-8"))
+        for line in TYPED.findall(text):
+            module, *arguments = shlex.split(line.partition(" -m ")[2].replace("[", "").replace("]", ""))
+            if module in MODULES and "$" not in line and "|" not in line and "..." not in line:
+                line_of(module).parse_args(arguments)
+                taken.add(line)
+    assert len(taken) > 15
+
+
+def test_the_recipe_on_the_front_page_is_the_one_that_comes_with_it(tmp_path):
+    from pipeline.recipe import load_recipe
+
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "shown.yaml")) == load_recipe("gsm8k-qwen3")
