@@ -95,7 +95,6 @@ def _read(
             with redirect_stdout(io.StringIO()):  # that no model is loaded, of every point and student
                 model = ModelRun(point.recipe, student, blocks, point.arguments, rescore=True).evaluate()
             rows = [_arm_row(point, model, arm, blocks.scored) for arm in point.recipe.arms]
-            untouched = {of.name: _untouched(point, model, of) for of in blocks.scored}
         except UserError as error:
             missing[student] = str(error)
             continue
@@ -107,7 +106,8 @@ def _read(
             continue
         of_student = students.setdefault(student, StudentRows())
         of_student.arms += [row for row in rows if row is not None]
-        of_student.baselines = of_student.baselines or untouched
+        for of in blocks.scored:
+            _add_untouched(point, model, of, of_student)
         lacking = {run.name for run in point.recipe.arm_runs} - {run.name for run in model.runs}
         missing |= {f"{student}/{name}": "it has no answers" for name in sorted(lacking)}
         steps = point.recipe.train.steps
@@ -149,16 +149,22 @@ def _arm_row(point: "Point", model: "Evaluated", arm: str, blocks: "Sequence[Blo
     return ArmRow(point.label, arm, tables, shown, answers, held_out_mean(scored))
 
 
-def _untouched(point: "Point", model: "Evaluated", block: "Block") -> "dict[str, dict[str, Scores]]":
-    """task or ALL -> baseline -> scores."""
+def _add_untouched(point: "Point", model: "Evaluated", block: "Block", to: "StudentRows") -> None:
+    """The untouched student's scores, once for all points; where a swept key makes it another one, under its point's
+    name too."""
+    from cache_schema.manifest import fingerprint_of
     from stage3_eval.conditions import asked, baselines
 
-    tables: dict[str, dict[str, Scores]] = {}
     for condition in baselines(point.recipe):
-        if asked(condition, block) and (condition.name, block.name) in model.files:
-            for task, scores in _scores(point, model, condition.name, block).items():
-                tables.setdefault(task, {})[condition.name] = scores
-    return tables
+        if not asked(condition, block) or (condition.name, block.name) not in model.files:
+            continue
+        answers = fingerprint_of(dict(model.files[condition.name, block.name].identity))
+        known = to.untouched.setdefault((block.name, condition.name), {})
+        if answers in known:
+            continue
+        known[answers] = f"{condition.name}, {point.label}" if known else condition.name
+        for task, scores in _scores(point, model, condition.name, block).items():
+            to.baselines.setdefault(block.name, {}).setdefault(task, {})[known[answers]] = scores
 
 
 def _scores(point: "Point", model: "Evaluated", condition: str, block: "Block") -> "dict[str, Scores]":

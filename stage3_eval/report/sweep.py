@@ -52,6 +52,8 @@ class StudentRows:
 
     arms: list[ArmRow] = field(default_factory=list)
     baselines: dict[str, dict[str, dict[str, Scores]]] = field(default_factory=dict)
+    untouched: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
+    """(block, baseline) -> what its answers are of -> the name in `baselines`."""
 
 
 def together(scores: Mapping[str, Scores]) -> Scores:

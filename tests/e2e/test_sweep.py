@@ -180,6 +180,18 @@ def test_points_of_two_caches_are_not_compared(tmp_path, stages, monkeypatch):
     assert {row["point"] for row in found["students"]["toy"]["test"]["tables"]["gsm8k"]["rows"]} == {"train.lr=0.001"}
 
 
+def test_another_untouched_student_has_a_row_of_its_own(tmp_path, stages):
+    """Where a swept key changes its answers too; where it does not, it has one row (above)."""
+    recipe = toys.tiny_recipe(tmp_path, data={"eval_limit": 4})
+    assert main(["sweep", "--recipe", str(recipe), "--over", "eval.max_new_tokens=2,3"]) == 0
+    (table,) = comparison(tmp_path)["students"]["toy"]["test"]["tables"].values()
+    names = list(table["baselines"])
+    assert len(names) == 2 * len({name.partition(",")[0] for name in names})
+    assert [name for name in names if name.endswith(", eval.max_new_tokens=3")] == [
+        f"{name}, eval.max_new_tokens=3" for name in names if "," not in name
+    ]
+
+
 def test_a_point_that_is_not_trained_to_the_end_says_so(swept, tmp_path, stages):
     """Its row is of an earlier step than the others'."""
     folder, _ = swept
