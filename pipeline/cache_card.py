@@ -69,11 +69,7 @@ def card(recipe: Recipe, reader: CacheReader, schema: "pa.Schema", load_from: st
         source_datasets=sorted({s.path for task in recipe.trained_tasks if (s := hub_source(recipe, task))}) or None,
         size_categories=[next((name for most, name in _SIZES if len(reader) < most), "n>1M")],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": f"{layout.SHARDS}/*.parquet"}]}],
-        dataset_info={
-            "features": features(schema),
-            "splits": [{"name": "train", "num_examples": len(reader)}],
-            "download_size": totals.bytes,
-        },
+        dataset_info={"features": features(schema)},  # sizes only with those of Arrow, or `datasets` warns of the block
     )
     tail = "" if manifest.store_ids else " No ids: the levels alone, by rank."
     lines = [

@@ -159,7 +159,7 @@ def test_the_data_card_has_the_ledgers_and_the_fingerprint(scored, data_set):
     data = metadata_load(data_set / "README.md")
     assert data["size_categories"] == ["n<1K"]
     assert "source_datasets" not in data and "rows from a folder, in the form of openai/gsm8k" in text
-    assert data["dataset_info"]["splits"] == [{"name": "train", "num_examples": 22}]
+    assert list(data["dataset_info"]) == ["features"]
 
 
 def test_a_torn_shard_is_not_handed_over(scored, tmp_path):
