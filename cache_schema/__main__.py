@@ -161,7 +161,8 @@ def _verify(location: str, console: Console) -> int:
     if not report.good:
         bad = sorted({p.shard for p in report.problems if p.shard is not None})
         count = f"{len(report.problems)} problem" + "s" * (len(report.problems) > 1)
-        console.result(f"not good: {count}" + (f", in shards {', '.join(map(str, bad))}" if bad else ""))
+        where = f", in shard{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}" if bad else ""
+        console.result(f"not good: {count}{where}")
         return DAMAGED
     if not report.complete:
         console.result("what is there is good")

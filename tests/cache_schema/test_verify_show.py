@@ -53,10 +53,11 @@ def test_incomplete_cache(toy, tmp_path, capsys):
     assert "2 of 3 shards are missing (0, 2)" in captured.err
 
 
-def test_incomplete_and_bad_is_bad(toy, tmp_path):
+def test_incomplete_and_bad_is_bad(toy, tmp_path, capsys):
     record = toy.commit(toy.writer(tmp_path / "c"), 1)
     (tmp_path / "c" / "shards" / record.file).write_bytes(b"")
     assert main(["verify", str(tmp_path / "c")]) == 1
+    assert capsys.readouterr().out.endswith("not good: 1 problem, in shard 1\n")
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])

@@ -102,6 +102,7 @@ def test_status_and_show_tell_what_is_there(finished, capsys):
     assert pipeline_main(["status", "--recipe", str(folder / "recipe.yaml")]) == 0
     out = capsys.readouterr().out
     assert "sealed" in out and "toy/sft: step-000004 of 4 steps" in out and "not there yet" not in out
+    assert f"report   {folder / 'run' / 'report' / 'report.html'}\n" in out
     assert pipeline_main(["show", "--recipe", str(folder / "recipe.yaml"), "--field", "cache.dir"]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "cache")
 
