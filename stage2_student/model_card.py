@@ -146,7 +146,8 @@ def model_card(
     )
     parts = [
         f"# {title}",
-        f"{'A merged model' if merged else 'A LoRA adapter'} for `{base}`, {how}; trained on {trained}. "
+        f"{f'`{base}` with a LoRA adapter merged into it' if merged else f'A LoRA adapter for `{base}`'}, {how}; "
+        f"trained on {trained}. "
         f"Arm `{arm.run.name}`, step {step} of {recipe.train.steps}.",
         "## Load it",
         f"```python\n{example(experiment, arm, base, load_from, merged is not None)}```",
