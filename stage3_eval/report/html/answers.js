@@ -62,7 +62,7 @@ function answers_section() {
       h("dl", null,
         h("div", { class: "gold" }, h("dt", null, "Reference"), h("dd", null, h("pre", null, quoted(x.gold)))),
         order.filter((name) => name in x.said).map((name) => h("div", { class: name === chosen.arm || name === chosen.to ? "compared" : null },
-          h("dt", null, plain(named(name)), h("span", { class: "score" }, ` ${percent(of.values[name][x.at], 0)}`)),
+          h("dt", null, plain(named(name)), h("span", { class: "score" }, `: ${percent(of.values[name][x.at], 0)} %`)),
           h("dd", null, x.said[name] === "" ? h("em", null, "(empty)") : h("pre", null, quoted(x.said[name])))))));
   }
 

@@ -17,7 +17,7 @@ function ticks(low, high, most = 5) {
 
 // series: {name, points: [[x, y, low?, high?]], color, dash}; lines: {name, y}. One figure.
 function chart(title, series, lines, y_label, digits, table) {
-  const W = 640, H = 300, left = 52, right = 16, top = 14, bottom = 42;
+  const W = 640, H = 306, left = 52, right = 16, top = 14, bottom = 48;
   const xs = series.flatMap((of) => of.points.map((p) => p[0]));
   const ys = [...series.flatMap((of) => of.points.flatMap((p) => p.slice(1))), ...lines.map((line) => line.y)];
   const x0 = Math.min(0, ...xs), x1 = Math.max(...xs), pad = 0.06 * (Math.max(...ys) - Math.min(...ys) || 1);

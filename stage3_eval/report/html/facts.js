@@ -27,7 +27,7 @@ function cost_section() {
     h("tbody", null, trainings.map((of) => h("tr", null, h("td", null, plain(of.student)), h("th", { scope: "row" }, plain(of.run)), h("td", null, of.reads_teacher ? "yes" : "no"),
       h("td", { class: "number" }, of.steps ? count(of.steps) : "not known"), h("td", { class: "number" }, of.steps ? count(of.examples) : "not known"), h("td", { class: "number" }, of.seconds === null ? "not known" : duration(of.seconds)))))));
   return section("cost", "Cost", "What the cache took, and what it saved. What is not recorded is not guessed.",
-    took ?? h("p", { class: "notice" }, "The cache could not be read for this report; see the token viewer for the reason."), saved, table);
+    took ?? h("p", { class: "notice" }, "What the cache took is read together with the token viewer; see there why it is missing."), saved, table);
 }
 
 // A tree as indented lines, for reading.
