@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
             arms[f"{student}/{run.name}"] = {"step": step, "steps": recipe.train.steps, "other_settings": other}
             note = f"; trained with other settings: {', '.join(other)}" if other else ""
             print(f"student  {student}/{run.name}: {last} of {recipe.train.steps} steps{note}")
-    page = run_dir.report / "report.html"
-    report = next((found for name in ("report.html", "table.md") if (found := run_dir.report / name).is_file()), page)
+    report = run_dir.report / "report.html"
+    if not report.is_file() and (table := run_dir.report / "table.md").is_file():
+        report = table
     print(f"report   {report}{'' if report.is_file() else ': not there yet'}")
     facts(arms=arms, report=str(report) if report.is_file() else None)
     return 0
