@@ -103,7 +103,7 @@ def _break_even(plan: Plan) -> str:
             f"  in time    {said(plan.hours, duration)}",
             f"  in money   {said(plan.money, money)}",
             f"  at {prices.gpu_hour:g} an hour of the device and {prices.gb_month:g} a GB-month, kept "
-            f"{prices.months:g} months ({money(plan.kept)})",
+            f"{prices.months:g} month{'' if prices.months == 1 else 's'} ({money(plan.kept)})",
             f"  online is taken at its best: every step's examples read with the shared context kept and the head on "
             f"answer rows alone, {plan.teacher_s_per_example:.3g} s an example as measured here, no memory lost to it",
         ]

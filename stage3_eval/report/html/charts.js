@@ -96,7 +96,7 @@ function curves_section() {
     place.replaceChildren(...(found.length ? found : [h("p", null, "There is no curve: no arm has two checkpoints that were scored on these examples.")]));
   };
   if (students.length) draw();
-  return section("curves", "Checkpoints and losses", "Bands are 95 % intervals; dashed lines the untouched student.",
+  return section("curves", "Checkpoints and losses", "Of scores, bands are 95 % intervals and dashed lines the untouched student.",
     h("div", { class: "choices" },
       choice("Student", students, chosen.student, (name) => { chosen.student = name; draw(); }),
       choice("Examples", blocks, chosen.block, (name) => { chosen.block = name; draw(); }, block_named)),

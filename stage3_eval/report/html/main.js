@@ -43,4 +43,4 @@ document.body.append(
   h("header", { class: "page" }, h("p", { class: "quiet" }, "Report of a run"), h("h1", null, plain(data.results.recipe)), theme_button()),
   h("nav", { class: "page", "aria-label": "Sections" }, sections.map((of) => h("a", { href: `#${of.id}` }, of.querySelector("h2").textContent))),
   h("main", null, headline(), sections),
-  h("footer", { class: "page" }, h("p", { class: "quiet" }, "One file, no network. The same numbers: results.json and table.md beside it.")));
+  h("footer", { class: "page" }, h("p", { class: "quiet" }, "One file, no network. Beside it: results.json and table.md, whose p values are before Holm's correction where they do not say so.")));
