@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cache_schema.table import COLUMN_PATHS
+from cache_schema.table import ARROW_SCHEMA, COLUMN_PATHS
 
 _DATA, _DICTIONARY = 0, 2
 _RLE = 3
@@ -41,6 +41,16 @@ _CHUNK: _Shape = {  # 1 type, 2 encodings, 3 path, 4 compression, 5 numbers, 6 a
 _GROUP: _Shape = {1: [{1: _BINARY, 2: _I64, 3: _CHUNK}], 2: _I64, 3: _I64, 5: _I64, 6: _I64, 7: _I16}
 _COLUMN: _Shape = {**dict.fromkeys((1, 2, 3, 5, 6, 7, 8, 9), _I32), 4: _BINARY, 10: {}}
 _FOOTER: _Shape = {1: _I32, 2: [_COLUMN], 3: _I64, 4: [_GROUP], 5: [{1: _BINARY, 2: _BINARY}], 6: _BINARY, 7: [{1: {}}]}
+
+# The columns as a footer spells them: a name, 0 required or 1 optional or 2 repeated, how many are inside; and of each,
+# how many repetition and definition levels there are, where they are counted at all.
+_TREE: list[tuple[bytes, int, int]] = []
+_LEVELS: list[tuple[int, int]] = []
+for _field, _path in zip(ARROW_SCHEMA, COLUMN_PATHS, strict=True):
+    _is_list = _path != _field.name
+    _TREE += [(_field.name.encode(), int(_field.nullable), int(_is_list))]
+    _TREE += [(b"list", 2, 1), (b"element", 0, 0)] if _is_list else []
+    _LEVELS += [(2, 2 + _field.nullable) if _is_list else (0, 0)]
 
 _Header = dict[int, Any]  # field -> a number, a truth, a text, a list, or the struct inside
 
@@ -104,16 +114,23 @@ def check_footer(footer: bytes) -> None:
     """Raise ValueError unless the columns that a footer lists are in names and enumerations those of a file of ours,
     and no two share a byte.
 
-    pyarrow ends the process over a compression that it does not know, as soon as it is asked which it is.
+    pyarrow ends the process over a compression that it does not know, as soon as it is asked which it is, and over
+    histograms of levels that are not of the length of the column's levels.
     """
     places = []
     try:
-        for group in _struct(footer, 0, _FOOTER)[0][4]:
+        found = _struct(footer, 0, _FOOTER)[0]
+        tree = [(part[4], part.get(3), part.get(5, 0)) for part in found[2][1:]]
+        if tree != _TREE or found[2][0][5] != len(COLUMN_PATHS):
+            raise ValueError("its columns are not those of FORMAT.md, or not in this order")
+        for group in found[4]:
             chunks = [column[3] for column in group[1]]
             if [b".".join(c[3]).decode() for c in chunks] != COLUMN_PATHS:
                 raise ValueError("its columns are not those of FORMAT.md, or not in this order")
             if not all(c[1] in _TYPES and c[4] == _ZSTD and set(c[2]) <= set(ENCODINGS.values()) for c in chunks):
                 raise ValueError("its footer has a type, an encoding or a compression which FORMAT.md does not have")
+            if not all(_counts_its_levels(*of) for of in zip(chunks, _LEVELS, strict=True)):
+                raise ValueError("its footer counts levels that its columns do not have")
             places += [(c.get(11, c[9]), c[7]) for c in chunks]
     except (IndexError, KeyError, UnicodeDecodeError) as error:
         raise ValueError("its footer cannot be taken apart") from error
@@ -122,6 +139,12 @@ def check_footer(footer: bytes) -> None:
         if start < end or size < 0:  # a kilobyte on the disk would be all that there is of gigabytes
             raise ValueError(f"its footer has a column of {size} bytes from {start}, where another ends at {end}")
         end = start + size
+
+
+def _counts_its_levels(chunk: _Header, levels: tuple[int, int]) -> bool:
+    """Whether the histograms of repetition and definition levels, where there are any, are as long as they must be."""
+    counted = chunk.get(16, {})
+    return all(len(counted.get(field, ())) in (0, size) for field, size in zip((2, 3), levels, strict=True))
 
 
 def _struct(data: bytes, at: int, shape: _Shape, depth: int = 0) -> tuple[_Header, int]:
