@@ -69,6 +69,7 @@ def long_run(folder: Path, **overrides: object) -> tuple[str, Callable[[], bool]
     return path, lambda: log.exists() and log.read_text().count("\n") >= 3
 
 
+@pytest.mark.slow
 def test_stage_1_writes_the_shard_in_work_and_goes_on(tmp_path: Path) -> None:
     recipe = str(toys.tiny_recipe(tmp_path, cache={"shard_examples": 1}))
     code, said = stopped(["stage1_teacher", "--recipe", recipe], lambda: len(records(tmp_path)) >= 2, signal.SIGINT)
