@@ -18,7 +18,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
     """Write a file under its final name, replacing what was there. Raises OSError; nothing is left behind."""
     with _temporary(path, data) as temporary:
         temporary.rename(path)
-        sync_folder(path.parent)
+        flush(path.parent)
 
 
 def create(path: Path, data: bytes | memoryview) -> bool:
@@ -36,7 +36,7 @@ def create(path: Path, data: bytes | memoryview) -> bool:
             if not path.exists():
                 raise
             created = False
-        sync_folder(path.parent)  # by the loser too: what it now relies on must last
+        flush(path.parent)  # by the loser too: what it now relies on must last
         return created
 
 
@@ -62,9 +62,9 @@ def _write(path: Path, data: bytes | memoryview) -> None:
         os.close(fd)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder: a rename or a link lasts only after this."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder: a rename or a link lasts only after this."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -77,7 +77,7 @@ class Folder(Store):
         path = self.root / name
         if not path.parent.is_dir():
             path.parent.mkdir(exist_ok=True)
-            atomic.sync_folder(self.root)
+            atomic.flush(self.root)
         return path
 
     def remove(self, name: str) -> None:
@@ -86,8 +86,8 @@ class Folder(Store):
     def set_aside(self, name: str, to: str) -> None:
         path = self._in_its_folder(to)
         (self.root / name).rename(path)
-        atomic.sync_folder(path.parent)
-        atomic.sync_folder((self.root / name).parent)
+        atomic.flush(path.parent)
+        atomic.flush((self.root / name).parent)
 
     def age_s(self, name: str) -> float:
         return time.time() - (self.root / name).stat().st_mtime

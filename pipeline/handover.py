@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cache_schema.atomic import flush
 from pipeline.errors import RunError, first_line
 
 
@@ -31,9 +32,9 @@ def whole_folder(to: Path) -> Iterator[Path]:
         for path in files:
             path.chmod(0o644)  # safetensors makes its own for the owner alone
         for path in (*sorted(files), *sorted(folders, reverse=True), temporary):
-            _flush(path)
+            flush(path)
         temporary.rename(to)  # over an empty folder too, never over one that somebody has filled meanwhile
-        _flush(to.parent)
+        flush(to.parent)
     except (OSError, SafetensorError) as error:
         there = next(path for path in to.parents if path.is_dir())
         raise RunError(
@@ -109,11 +110,3 @@ def _refusal(error: Exception, repo: str, endpoint: str) -> str:
     if status is not None:
         return f"{endpoint} answers {status}: {first_line(error)}"
     return f"no upload to {endpoint}: {first_line(error) or type(error).__name__}"
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

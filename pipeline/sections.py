@@ -130,6 +130,10 @@ class Student(Section):
     lora: Lora = Field(Lora())
 
 
+KEPT_APART = ("trackers",)
+"""Keys of `train` that decide where numbers are shown, and none of them."""
+
+
 class Train(Section):
     """Stage 2. A step is an optimizer step on `batch_size` examples, whatever the number of processes."""
 

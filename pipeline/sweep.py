@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe, load_recipe, parse_yaml
 from pipeline.run_dir import RunDir
+from pipeline.sections import KEPT_APART
 
 _NAME_CHARACTERS = 60
 _CLOSED_BY = {"[": "]", "{": "}", '"': '"', "'": "'"}
@@ -129,7 +130,7 @@ def sources(found: Sequence[Point]) -> list[dict[tuple[str, ...], int]]:
 def _made_by(recipe: Recipe) -> list[tuple[tuple[str, ...], Any]]:
     """What a point trains and generates, each with the part of the recipe that decides it; data and cache aside."""
     tree = recipe.model_dump(mode="json")
-    train = {key: value for key, value in tree["train"].items() if key != "trackers"}
+    train = {key: value for key, value in tree["train"].items() if key not in KEPT_APART}
     asked = {key: tree["eval"][key] for key in ("engine", "max_new_tokens", "shots")}
     scored = [asked, *(tree["eval"][key] for key in ("select", "curve_limit"))]
     made: list[tuple[tuple[str, ...], Any]] = []

@@ -22,13 +22,13 @@ from pipeline.models import ModelSource, load_config, load_tokenizer, locate, to
 from pipeline.prompts import PromptBuilder
 from pipeline.recipe import ArmRun
 from pipeline.run_dir import ArmDir, RunDir
-from pipeline.sections import Alignment, Arm, Train
+from pipeline.sections import KEPT_APART, Alignment, Arm, Train
 from stage2_student.checkpoint import complete_steps, storage_errors, sweep
 from stage2_student.order import BLOCK, WINDOW
 
 # The keys of `train` that are no part of an arm's identity: repeats are arms of their own, each with its own seed,
 # alignment stands beside the loss that needs it, and trackers only show.
-NO_IDENTITY = {"micro_batch_size", "repeats", "alignment", "trackers"}
+NO_IDENTITY = {"micro_batch_size", "repeats", "alignment", *KEPT_APART}
 
 
 @dataclass(frozen=True)

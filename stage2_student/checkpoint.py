@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache_schema.atomic import flush
 from pipeline.errors import RunError
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def save(
             state = {"step": step, "adapter_sha256": sha256[ADAPTER], "optimizer_sha256": sha256[OPTIMIZER], **notes}
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
             for path in (*sorted(temporary.iterdir()), temporary):
-                _flush(path)
+                flush(path)
             temporary.rename(folder)
-            _flush(folder.parent)
+            flush(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -147,11 +148,3 @@ def storage_errors(where: Path, doing: str) -> Iterator[None]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

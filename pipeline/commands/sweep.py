@@ -112,7 +112,9 @@ def _settings(tree: object) -> object:
     """A recipe without what changes no result."""
     if not isinstance(tree, dict):
         return None
-    train = {key: value for key, value in tree.get("train", {}).items() if key != "trackers"}
+    from pipeline.sections import KEPT_APART
+
+    train = {key: value for key, value in tree.get("train", {}).items() if key not in KEPT_APART}
     return {key: value for key, value in tree.items() if key not in ("runtime", "run_dir", "train")} | {"train": train}
 
 
