@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,7 +183,7 @@ class _Nothing:
         pass
 
 
-class _Sometimes:
+class _Sometimes(ABC):
     """Tells at the beginning, at the end, and every so often in between."""
 
     every_s: float
@@ -191,8 +192,9 @@ class _Sometimes:
         self.bar, self.lines = bar, 0
         self._told: tuple[float, int] | None = None
 
+    @abstractmethod
     def tell(self, note: str) -> None:
-        raise NotImplementedError
+        """Say how far it is."""
 
     def begin(self) -> None:
         self._tell("")
