@@ -2,8 +2,8 @@
 
 Of some cached examples the student reads the reference answer, untouched and with each arm's checkpoint, and what it
 expects at each token is kept beside what the teacher expected. Also what the cache took. The file is computed again
-when other checkpoints or another cache stand behind the report; `--rescore` only reads it, or the cache's own records.
-What cannot be had is left out with its reason, and the report is written without it.
+when other checkpoints or another cache stand behind the report; `--rescore` only reads it. What cannot be had is left
+out with its reason, and the report is written without it.
 """
 
 import json
@@ -45,20 +45,16 @@ def look_inside(
     kept = _kept(path)
     if kept is not None and kept["identity"] == wanted:
         return dict(kept["content"])
-    content: dict[str, Any] = {"cache": None, "students": {}, "missing": {}}
-    lacking = []
     if rescore:
         why = "it was made of other checkpoints" if kept is not None else f"there is no {path.name} of this run"
-        lacking.append(f"{why}; run python -m stage3_eval without --rescore to look inside")
+        return _nothing({"token viewer": f"{why}; run python -m stage3_eval without --rescore to look inside"})
     try:
         from pipeline.fingerprint import Experiment
 
         reader = Experiment(recipe).open_cache()
-        content["cache"] = cache_facts(reader)
     except Exception as error:  # a report is of use without its cache, which may lie on another machine
-        lacking.append(f"the cache cannot be opened: {failed('', error).reason}")
-    if lacking:
-        return content | {"missing": {"token viewer": "; ".join(lacking)}}
+        return _nothing({"token viewer": f"the cache cannot be opened: {failed('', error).reason}"})
+    content: dict[str, Any] = {"cache": cache_facts(reader), "students": {}, "missing": {}}
     for model in students:
         try:
             content["students"][model.name] = _of_student(recipe, blocks, model, reader)
@@ -95,6 +91,10 @@ def cache_facts(reader: "CacheReader") -> dict[str, Any]:
         "identity": manifest.identity,
         "provenance": manifest.provenance,
     }
+
+
+def _nothing(missing: Mapping[str, str]) -> dict[str, Any]:
+    return {"cache": None, "students": {}, "missing": dict(missing)}
 
 
 def _identity(model: Evaluated) -> dict[str, Any]:

@@ -222,20 +222,7 @@ def test_rescoring_needs_no_model_and_no_cache(made, tmp_path, capsys):
         assert main(arguments) == 0
     data = data_of(copy / "run" / "report" / "report.html")
     assert data["viewer"]["students"] == {} and "without --rescore" in data["viewer"]["missing"]["token viewer"]
-    assert data["cost"]["cache"] is None
     assert str(copy / "run" / "report" / "report.html") in capsys.readouterr().out
-
-
-def test_what_the_cache_took_is_read_off_the_cache_where_nothing_was_kept(made, tmp_path, monkeypatch):
-    root, _ = made
-    copy = shutil.copytree(root, tmp_path / "copy")
-    (copy / "run" / "report" / "viewer.json").unlink()
-    quicken(monkeypatch)
-    monkeypatch.setattr("pipeline.models.load_causal_lm", None)
-    assert main(["--recipe", str(copy / "recipe.yaml"), "--set", f"run_dir={copy / 'run'}", "--rescore"]) == 0
-    of_copy, of_root = (data_of(of / "run" / "report" / "report.html") for of in (copy, root))
-    assert of_copy["cost"]["cache"]["bytes"] == of_root["cost"]["cache"]["bytes"]
-    assert of_copy["viewer"]["students"] == {}
 
 
 def test_a_cache_that_is_gone_is_a_reason_and_no_error(made, tmp_path):
