@@ -196,7 +196,8 @@ DATA = os.environ.get("LOGITBANK_DATA")
 @pytest.mark.skipif(
     not DATA, reason="needs the real tokenizer and rows: set LOGITBANK_DATA to the folder that has them"
 )
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_with_the_real_qwen_tokenizer_and_rows(tmp_path: Path, dtype: str) -> None:
     """The true vocabulary of 151,936 and the shortest GSM8K rows; this tokenizer's template has no thinking switch."""
     import json
